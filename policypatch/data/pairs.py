@@ -1,0 +1,121 @@
+"""Preference pairs: (prompt, chosen, rejected), and the rule that decides which candidates make one.
+
+A pair is what both stages learn from: SFT takes its chosen side, DPO both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from policypatch.errors import PolicyPatchError
+from policypatch.files.atomic import read_jsonl, write_jsonl
+
+
+@dataclass(frozen=True)
+class Text:
+    """A completion: its text, the tokens it was drawn as (None: tokenise the text), and whether it ended itself."""
+
+    text: str
+    tokens: tuple[int, ...] | None = None
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training example; scores are the filter judge's, None where no judge was asked."""
+
+    prompt: str
+    chosen: Text
+    rejected: Text
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+
+
+@dataclass(frozen=True)
+class PairFilter:
+    """When the safest and the most toxic of n candidates count as a pair (arXiv 2511.08484, Eqs. 4-5).
+
+    Attributes:
+        margin: least difference of the two scores (Eq. 4).
+        chosen_at_most: the chosen side's score must not exceed this (Eq. 5: good enough in absolute terms).
+        rejected_at_least: the rejected side's score must reach this.
+        min_tokens: shorter candidates are neither chosen nor rejected.
+        max_repetition: a candidate with a larger share of repeated trigrams is not chosen.
+        per_prompt: at most this many pairs of one prompt, each candidate used once.
+    """
+
+    margin: float = 0.3
+    chosen_at_most: float = 0.2
+    rejected_at_least: float = 0.5
+    min_tokens: int = 5
+    max_repetition: float = 0.1
+    per_prompt: int = 1
+
+
+def choose_pairs(
+    scores: np.ndarray, lengths: np.ndarray, repetition: np.ndarray, rule: PairFilter
+) -> list[tuple[int, int]]:
+    """The (chosen, rejected) candidate numbers of one prompt, best pair first.
+
+    Args:
+        scores: (n,) risk of each candidate, 0 safe to 1 toxic.
+        lengths: (n,) tokens of each candidate.
+        repetition: (n,) share of repeated trigrams of each candidate.
+        rule: the thresholds.
+    """
+    usable = lengths >= rule.min_tokens
+    fit = usable & (scores <= rule.chosen_at_most) & (repetition <= rule.max_repetition)
+    chosen = [i for i in np.argsort(scores, kind="stable") if fit[i]]
+    rejected = [
+        i for i in np.argsort(-scores, kind="stable") if usable[i] and scores[i] >= rule.rejected_at_least
+    ]
+    pairs = zip(chosen[: rule.per_prompt], rejected[: rule.per_prompt], strict=False)
+    return [(int(c), int(r)) for c, r in pairs if scores[r] - scores[c] >= rule.margin and c != r]
+
+
+def save_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+    """Write pairs as JSONL."""
+    write_jsonl(path, [asdict(pair) for pair in pairs])
+
+
+def load_pairs(path: Path) -> list[Pair]:
+    """Read what `save_pairs` wrote, or a user's own rows.
+
+    A row holds `prompt`, `chosen` and `rejected`; the last two are strings or objects of `Text`'s fields.
+
+    Raises:
+        PolicyPatchError: naming the file and the row that lacks a field or holds an empty or wrong one.
+    """
+    return [parse_pair(row, f"{path}, row {number}") for number, row in enumerate(read_jsonl(path), 1)]
+
+
+def parse_pair(row: dict[str, Any], where: str) -> Pair:
+    """One row as a Pair; `where` is named in the error."""
+    for field in ("prompt", "chosen", "rejected"):
+        if field not in row:
+            raise PolicyPatchError(
+                f"{where} has no field {field!r}: a pair needs prompt, chosen and rejected"
+            )
+    if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+        raise PolicyPatchError(f"{where} has an empty prompt: give it text or remove the row")
+    return Pair(
+        prompt=row["prompt"],
+        chosen=_parse_text(row["chosen"], f"{where}, field chosen"),
+        rejected=_parse_text(row["rejected"], f"{where}, field rejected"),
+        chosen_score=row.get("chosen_score"),
+        rejected_score=row.get("rejected_score"),
+    )
+
+
+def _parse_text(value: object, where: str) -> Text:
+    if isinstance(value, str):
+        value = {"text": value}
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not value["text"].strip():
+        raise PolicyPatchError(f"{where} is empty or not text: give a non-empty string")
+    tokens = value.get("tokens")
+    return Text(value["text"], None if tokens is None else tuple(tokens), bool(value.get("ended", False)))

@@ -1,0 +1,1 @@
+"""Files on disk: whole or absent (atomic), made once (cache), fetched and verified (sources)."""

@@ -1,0 +1,266 @@
+"""The cache: what is costly to make is made once and shared by every run, also by runs side by side.
+
+An entry is a folder `<root>/<kind>/<key>`, the key a digest of everything the content depends on, so an entry
+is never stale. It appears whole or not at all. A hit is checked against the sizes and digests recorded in
+its `about.json`; whatever does not match is made again. The root is `$POLICYPATCH_CACHE`, by default
+`~/.cache/policypatch`.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from policypatch.errors import PolicyPatchError
+from policypatch.files.atomic import (
+    TEMPORARY,
+    atomic_folder,
+    file_sha256,
+    leftovers,
+    read_json,
+    remove,
+    write_json,
+)
+
+log = logging.getLogger(__name__)
+
+ABOUT = "about.json"
+DIGEST_LIMIT = 64 * 2**20  # bytes; larger files are checked by size alone on a hit, to keep hits fast
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+_counters: dict[str, dict[str, int]] = {}
+_counters_lock = threading.Lock()
+
+
+def cache_root() -> Path:
+    """The cache's folder; it need not exist yet."""
+    return Path(os.environ.get("POLICYPATCH_CACHE") or "~/.cache/policypatch").expanduser().absolute()
+
+
+def content_key(**parts: Any) -> str:
+    """A key of 32 hex characters for everything an entry depends on.
+
+    Takes nested dicts, lists, tuples (as lists), strings, finite numbers, booleans, None and OmegaConf
+    containers. Raises TypeError for anything else: a path or an object is no content.
+    """
+    canonical = json.dumps(_plain(parts, "parts"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:32]
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, DictConfig | ListConfig):
+        value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, Mapping):
+        # JSON would write the keys 1 and "1" alike.
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"{where}: a cache key needs string keys, not {odd[0]!r}")
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    raise TypeError(f"{where}: {value!r} ({type(value).__name__}) cannot be part of a cache key")
+
+
+def entry(kind: str, key: str, build: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> Path:
+    """The folder of the entry `kind/key`, made with `build(empty folder)` when it is absent or damaged.
+
+    `about` is kept in the entry's `about.json` for people who look into the cache; `build` must not write
+    that file. Raises what `build` raises (nothing is left behind then), ValueError for a `kind` or `key`
+    that is no plain name, and PolicyPatchError when the cache cannot be written.
+    """
+    if not _NAME.fullmatch(kind) or not _NAME.fullmatch(key):
+        raise ValueError(f"not a plain name: {kind!r} or {key!r}")
+    folder = cache_root() / kind / key
+    # Without the lock: entries never change, and a cache that others filled may be read-only.
+    if _damage(folder) is None:
+        return _hit(folder)
+    with _writable(folder), _lock(folder):
+        damage = _damage(folder)
+        if damage is None:  # another run made it while this one waited
+            return _hit(folder)
+        if folder.exists():
+            log.warning("cache entry %s/%s is damaged (%s), making it again", kind, key, damage)
+            remove(folder)
+        for path in leftovers(folder):
+            remove(path)
+        log.info("cache miss %s/%s", kind, key)
+        _count(kind, "misses")
+        with atomic_folder(folder) as temporary:
+            build(temporary)
+            _describe(temporary, kind, key, about)
+    return folder
+
+
+def _hit(folder: Path) -> Path:
+    kind = folder.parent.name
+    log.info("cache hit %s/%s", kind, folder.name)
+    _count(kind, "hits")
+    with suppress(OSError):  # the time of last use, for clean(older_than_days); a shared cache may refuse
+        os.utime(folder / ABOUT)
+    return folder
+
+
+def _describe(folder: Path, kind: str, key: str, about: Mapping[str, Any] | None) -> None:
+    """Write `about.json`: what was asked for, when, and the size and digest of every file."""
+    if (folder / ABOUT).exists():
+        raise ValueError(f"the builder of {kind}/{key} wrote {ABOUT}, which is the cache's own file")
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    parts = _plain(about or {}, "about")
+    write_json(folder / ABOUT, {"kind": kind, "key": key, "created": created, "about": parts, "files": files})
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with an entry, in a few words; None when it can be used."""
+    if not folder.is_dir():
+        return "absent"
+    try:
+        for name, recorded in read_json(folder / ABOUT)["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != recorded["bytes"]:
+                return f"{name} has another size"
+            if recorded["bytes"] <= DIGEST_LIMIT and file_sha256(path) != recorded["sha256"]:
+                return f"{name} has another digest"
+    except (PolicyPatchError, OSError, KeyError, TypeError, AttributeError) as error:
+        return f"{ABOUT} or a file it names cannot be read: {error}"
+    return None
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold an entry's lock. The system frees it when its holder dies, and the lock file stays (0 bytes)."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another run that is making %s/%s", folder.parent.name, folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Make the entry's parent, and tell a full or forbidden disk in a sentence."""
+    hint = "free some space, or set POLICYPATCH_CACHE to another folder"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise PolicyPatchError(f"cannot write the cache {folder.parent}: {error.strerror}; {hint}") from error
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PolicyPatchError(f"no room left while making {folder}: {error.strerror}; {hint}") from error
+
+
+def _count(kind: str, what: str) -> None:
+    with _counters_lock:
+        _counters.setdefault(kind, {"hits": 0, "misses": 0})[what] += 1
+
+
+def counters() -> dict[str, dict[str, int]]:
+    """Hits and misses of this process by kind."""
+    with _counters_lock:
+        return {kind: dict(counts) for kind, counts in _counters.items()}
+
+
+def reset_counters() -> None:
+    """Count from zero again."""
+    with _counters_lock:
+        _counters.clear()
+
+
+def usage() -> list[tuple[str, int, int]]:
+    """Each kind in the cache with its number of entries and its bytes, unfinished ones counted as bytes."""
+    rows = []
+    for kind in _kinds():
+        entries = sum(1 for path in kind.iterdir() if _is_entry(path))
+        rows.append((kind.name, entries, _size([kind])))
+    return rows
+
+
+def clean(kind: str | None = None, older_than_days: float | None = None) -> int:
+    """Remove entries (of one kind; last used longer ago than that) and say how many bytes were freed.
+
+    What killed runs left behind goes too. An entry that another run is making is left alone.
+    """
+    limit = None if older_than_days is None else time.time() - older_than_days * 86400
+    freed = 0
+    for folder in _kinds():
+        if kind is not None and folder.name != kind:
+            continue
+        # Entries, and the targets of unfinished ones: each is removed under its own lock.
+        names = {path.name for path in folder.iterdir() if _is_entry(path)}
+        names |= {path.name.split("-", 2)[-1] for path in folder.glob(f"{TEMPORARY}*")}
+        for name in sorted(names):
+            freed += _clean_entry(folder / name, limit)
+    return freed
+
+
+def _clean_entry(target: Path, limit: float | None) -> int:
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return 0
+    try:
+        doomed = leftovers(target)  # nobody holds the lock, so nobody is writing them
+        if target.exists() and (limit is None or _last_used(target) < limit):
+            doomed.append(target)
+        freed = _size(doomed)
+        for path in doomed:
+            remove(path)
+        return freed
+    finally:
+        lock.release()
+
+
+def _kinds() -> list[Path]:
+    root = cache_root()
+    return sorted(p for p in root.iterdir() if p.is_dir() and _is_entry(p)) if root.is_dir() else []
+
+
+def _is_entry(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _last_used(folder: Path) -> float:
+    about = folder / ABOUT
+    return (about if about.exists() else folder).stat().st_mtime
+
+
+def _size(paths: Sequence[Path]) -> int:
+    total = 0
+    for path in paths:
+        for file in path.rglob("*"):
+            with suppress(OSError):  # it may vanish under another run's hands
+                total += file.lstat().st_size if not file.is_dir() else 0
+    return total

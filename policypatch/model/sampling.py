@@ -1,0 +1,93 @@
+"""Drawing the next token: exact nucleus sampling without sorting the vocabulary.
+
+Sorting 49,152 probabilities for each of 256 rows takes 0.5 s on two cores, ten times the model's own forward in
+bf16. Instead a token is drawn from the whole distribution by inverting its cumulative sum, and kept when it lies in
+the nucleus: when the tokens more probable than it hold less than `top_p` together, which one comparison and one sum
+decide. Drawing again until that holds is drawing from the nucleus renormalised (rejection sampling), and since the
+nucleus holds at least `top_p` of the mass, eight draws leave one row in 10^8 to the exact sort at top_p = 0.9.
+
+Each row has random numbers of its own, from a counter-based generator keyed by (seed, row key): a sample does not
+depend on which rows share its batch, and arms compared on one prompt share their random numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DRAWS = 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: nucleus mass in (0, 1]; 1 is the whole distribution.
+        max_new_tokens: length limit in tokens.
+        min_new_tokens: end-of-sequence is impossible before this many tokens.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.9
+    max_new_tokens: int = 20
+    min_new_tokens: int = 0
+
+
+def uniforms(seed: int, keys: list[int], steps: int) -> Tensor:
+    """(rows, steps, DRAWS) numbers in [0, 1) that depend on (seed, key) alone."""
+    out = np.empty((len(keys), steps, DRAWS), dtype=np.float32)
+    for i, key in enumerate(keys):
+        generator = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), key & (2**64 - 1)]))
+        out[i] = generator.random((steps, DRAWS), dtype=np.float32)
+    return torch.from_numpy(out)
+
+
+def next_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+    """Draw one token for each row.
+
+    Args:
+        logits: (B, V), any float type.
+        sampling: temperature and top_p.
+        draws: (B, DRAWS) uniform numbers.
+
+    Returns:
+        (B,) token ids.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / sampling.temperature, -1)
+    cumulative = probabilities.cumsum(-1)
+    # The sum is not exactly 1 in float32: draw within what it is, so that no index falls off the end.
+    points = draws * cumulative[:, -1:] * (1 - 1e-6)
+    tokens = torch.searchsorted(cumulative, points.contiguous(), right=True).clamp_(max=logits.shape[-1] - 1)
+    chosen = tokens[:, 0].clone()
+    if sampling.top_p >= 1:
+        return chosen
+    pending = torch.arange(len(logits), device=logits.device)
+    for draw in range(draws.shape[1]):
+        candidate = tokens[pending, draw]
+        rows = probabilities if len(pending) == len(probabilities) else probabilities[pending]
+        own = rows.gather(1, candidate[:, None])
+        above = torch.where(rows > own, rows, 0).sum(-1)
+        kept = above < sampling.top_p
+        chosen[pending[kept]] = candidate[kept]
+        pending = pending[~kept]
+        if not len(pending):
+            return chosen
+    chosen[pending] = _by_sorting(probabilities[pending], sampling.top_p, draws[pending, -1])
+    return chosen
+
+
+def _by_sorting(probabilities: Tensor, top_p: float, draw: Tensor) -> Tensor:
+    """The textbook way, for the rows that rejection left over."""
+    ordered, index = probabilities.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    cumulative = torch.where(before < top_p, ordered, 0).cumsum(-1)
+    points = draw[:, None] * cumulative[:, -1:] * (1 - 1e-6)
+    at = torch.searchsorted(cumulative, points.contiguous(), right=True)
+    return index.gather(1, at)[:, 0]

@@ -1,0 +1,116 @@
+"""The patch as a folder: `patch.safetensors` (the vectors), `patch.json` (the manifest), `README.md` (the card).
+
+Nothing in it is ever executed. Loading refuses, with a sentence that says what differs, whatever does not match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from policypatch.errors import PolicyPatchError
+from policypatch.files.atomic import atomic_folder, read_json, write_json, write_text
+from policypatch.patch.card import model_card
+from policypatch.patch.manifest import BaseIdentity, Manifest
+
+VECTORS, MANIFEST, CARD = "patch.safetensors", "patch.json", "README.md"
+TENSOR = "prompt_embeddings"  # the key of PEFT's prompt-tuning files, so that one name serves both
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Vectors (L, D) float32 and the manifest that describes them."""
+
+    vectors: Tensor
+    manifest: Manifest
+
+
+def digest(vectors: Tensor) -> str:
+    """sha256 in hex of shape and values: little-endian float32, row by row."""
+    if vectors.dtype != torch.float32 or vectors.dim() != 2:
+        raise ValueError(f"vectors must be 2-D float32, not {vectors.dim()}-D {vectors.dtype}")
+    h = hashlib.sha256(struct.pack("<QQ", *vectors.shape))
+    h.update(vectors.detach().cpu().contiguous().numpy().astype("<f4").tobytes())
+    return h.hexdigest()
+
+
+def save(patch: Patch, folder: Path) -> Path:
+    """Write the artifact, all of it or nothing."""
+    _check_vectors(patch.vectors, patch.manifest, str(folder))
+    with atomic_folder(folder) as temporary:
+        save_file({TENSOR: patch.vectors.detach().cpu().contiguous()}, temporary / VECTORS)
+        write_json(temporary / MANIFEST, patch.manifest.to_json())
+        write_text(temporary / CARD, model_card(patch.manifest))
+    return folder
+
+
+def load(folder: Path, base: BaseIdentity | None = None, allow_mismatch: Collection[str] = ()) -> Patch:
+    """Read and check an artifact.
+
+    Args:
+        folder: where it is.
+        base: the base it is to be applied to; None skips that check.
+        allow_mismatch: digests of the base that may differ, by name ("tokenizer", "chat_template", ...).
+
+    Raises:
+        PolicyPatchError: a file is missing, the manifest is not valid or of a newer format, the vectors are not what
+            the manifest says (shape, dtype, digest, not finite), or the base differs.
+    """
+    folder = Path(folder)
+    for name in (VECTORS, MANIFEST):
+        if not (folder / name).is_file():
+            raise PolicyPatchError(f"{folder} is not a patch: it has no {name}")
+    manifest = Manifest.from_json(read_json(folder / MANIFEST), str(folder / MANIFEST))
+    _check_header(folder / VECTORS, manifest)
+    vectors = load_file(folder / VECTORS)[TENSOR]
+    _check_vectors(vectors, manifest, str(folder))
+    if base is not None:
+        differing = [name for name in manifest.base.differences(base) if name not in allow_mismatch]
+        if differing:
+            raise PolicyPatchError(
+                f"{folder} was made for {manifest.base.id} ({manifest.base.revision}), and this base "
+                f"({base.id}) differs in {', '.join(differing)}: use the base it was made for"
+            )
+    return Patch(vectors, manifest)
+
+
+def _check_header(path: Path, manifest: Manifest) -> None:
+    """Compare the file's own header with the manifest before any of it is allocated."""
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        prefix = f.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(size, 1 << 20):
+            raise PolicyPatchError(f"{path} is damaged: its header does not fit in the file")
+        try:
+            header = json.loads(f.read(length))
+            entry = header[TENSOR]
+            shape, dtype = entry["shape"], entry["dtype"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PolicyPatchError(f"{path} is damaged or holds no tensor {TENSOR!r}") from error
+    if set(header) - {TENSOR, "__metadata__"}:
+        raise PolicyPatchError(f"{path} holds tensors other than {TENSOR!r}")
+    expected = [manifest.length, manifest.width]
+    if shape != expected or dtype != "F32":
+        raise PolicyPatchError(f"{path} holds {dtype} {shape} but its manifest says F32 {expected}")
+    if size != 8 + length + 4 * manifest.length * manifest.width:
+        raise PolicyPatchError(f"{path} has {size} bytes, which is not what its header says: it is damaged")
+
+
+def _check_vectors(vectors: Tensor, manifest: Manifest, where: str) -> None:
+    if list(vectors.shape) != [manifest.length, manifest.width]:
+        raise PolicyPatchError(
+            f"{where}: vectors of shape {list(vectors.shape)}, manifest says {[manifest.length, manifest.width]}"
+        )
+    if not torch.isfinite(vectors).all():
+        raise PolicyPatchError(f"{where}: the vectors hold NaN or infinite values")
+    if digest(vectors) != manifest.sha256:
+        raise PolicyPatchError(f"{where}: the vectors are not those of the manifest (sha256 differs)")

@@ -1,0 +1,113 @@
+"""The manifest: what a patch says about itself, and the base it is bound to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import jsonschema
+
+from policypatch.errors import PolicyPatchError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What a base model is recognised by. Every digest is a sha256 in hex.
+
+    Attributes:
+        id: hub id, wheel or folder name it came from.
+        revision: hub revision, version or "local".
+        embedding: digest of the input embedding matrix, rounded to bfloat16 so that the dtype it is loaded in
+            does not matter.
+        weights: digest over a sample of every weight tensor, rounded likewise; tells fine-tunes apart.
+        config: digest of the architecture's settings.
+        tokenizer: digest of the vocabulary and its rules.
+        chat_template: digest of the chat template, of the empty string where there is none.
+    """
+
+    id: str
+    revision: str
+    embedding: str
+    weights: str
+    config: str
+    tokenizer: str
+    chat_template: str
+
+    def differences(self, other: BaseIdentity) -> list[str]:
+        """Names of the digests that differ; where a copy came from (id, revision) does not count."""
+        return [
+            f.name
+            for f in fields(self)
+            if f.name not in ("id", "revision") and getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A patch that this one was stacked from or trained on from."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`patch.json`. The schema beside this file says which values are valid."""
+
+    name: str
+    version: str
+    risks: list[str]
+    length: int
+    width: int
+    base: BaseIdentity
+    sha256: str
+    created: str
+    data_sha256: str | None = None
+    parents: list[Parent] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+    scorecard: list[dict[str, Any]] = field(default_factory=list)
+    packages: dict[str, str] = field(default_factory=dict)
+    placement: str = "first"
+    format: int = FORMAT
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary, checked against the schema."""
+        data = asdict(self)
+        _validate(data, "the manifest")
+        return data
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> Manifest:
+        """The manifest in `data`.
+
+        Raises:
+            PolicyPatchError: naming `where` and the key that is wrong, missing or unknown, or a newer format.
+        """
+        if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
+            raise PolicyPatchError(
+                f"{where} has format {data['format']} but this policypatch reads up to {FORMAT}: upgrade policypatch"
+            )
+        _validate(data, where)
+        known = dict(data)
+        known["base"] = BaseIdentity(**known["base"])
+        known["parents"] = [Parent(**parent) for parent in known["parents"]]
+        return cls(**known)
+
+
+def _validate(data: Any, where: str) -> None:
+    error = jsonschema.exceptions.best_match(_validator().iter_errors(data))
+    if error is not None:
+        key = ".".join(str(part) for part in error.absolute_path) or "the top level"
+        raise PolicyPatchError(f"{where}: {key} is not valid: {error.message[:200]}")
+
+
+@cache
+def _validator() -> jsonschema.Draft202012Validator:
+    schema = json.loads(files("policypatch.patch").joinpath("manifest.schema.json").read_text("utf-8"))
+    return jsonschema.Draft202012Validator(schema)

@@ -1,0 +1,100 @@
+"""What the SFT and the DPO stage share: one backbone, AdamW, warm-up, and checkpoints that hold the patch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from policypatch.errors import PolicyPatchError
+from policypatch.model.backbone import PrefixBackbone
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How a stage's trainable tensors move. Every field is a config key of the stage.
+
+    Attributes:
+        steps: optimiser steps.
+        lr: peak learning rate, reached after warm-up.
+        warmup: share of the steps over which the rate rises linearly from 0.
+        decay: "linear" to 0, "cosine" to 0, or "constant".
+        weight_decay: AdamW's; pulls the vectors towards 0, so 0 by default.
+        betas: AdamW's running averages.
+    """
+
+    steps: int
+    lr: float
+    warmup: float = 0.1
+    decay: str = "linear"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+def rate_at(o: Optimisation) -> Callable[[int], float]:
+    """The factor on the peak learning rate at each step (0-based)."""
+    warm = max(1, round(o.warmup * o.steps))
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        left = max(0.0, (o.steps - step) / max(1, o.steps - warm))
+        if o.decay == "linear":
+            return left
+        if o.decay == "cosine":
+            return 0.5 - 0.5 * float(torch.cos(torch.tensor(left * torch.pi)))
+        return 1.0
+
+    return factor
+
+
+class StageModule(L.LightningModule):
+    """A training stage around the shared backbone. Subclasses say what the loss is."""
+
+    stage = ""
+
+    def __init__(self, backbone: PrefixBackbone, optimisation: Optimisation):
+        super().__init__()
+        if optimisation.decay not in ("linear", "cosine", "constant"):
+            raise PolicyPatchError(
+                f"{self.stage}.decay is {optimisation.decay!r}: choose linear, cosine or constant"
+            )
+        self.backbone = backbone
+        self.optimisation = optimisation
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW on the trainable tensors with the stage's schedule, stepped at every optimiser step."""
+        o = self.optimisation
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(trainable, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+        schedule = LambdaLR(optimiser, rate_at(o))
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def losses(self, batch: Any) -> Mapping[str, Tensor]:
+        """The figures of a batch; `loss` is the one to minimise."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step; a loss that is not finite ends the run rather than poisoning the patch."""
+        figures = self.losses(batch)
+        loss = figures["loss"]
+        if not torch.isfinite(loss):
+            raise PolicyPatchError(
+                f"the {self.stage} loss became {loss.item()} at step {self.global_step}: lower {self.stage}.lr "
+                f"(now {self.optimisation.lr}) or {self.stage}.clip"
+            )
+        self._log("train", figures, len(batch.pairs))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The same figures on held-out pairs."""
+        self._log("val", self.losses(batch), len(batch.pairs))
+
+    def _log(self, split: str, figures: Mapping[str, Tensor], size: int) -> None:
+        named = {f"{split}/{name}": value.detach() for name, value in figures.items()}
+        self.log_dict(named, batch_size=size, on_step=split == "train", on_epoch=split == "val")

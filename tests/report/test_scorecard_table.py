@@ -1,0 +1,188 @@
+"""The terminal table and the headline: within 80 columns, and never rosier than the rows."""
+
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from policypatch.report.headline import verdict
+from policypatch.report.scorecard import effect_of, number
+from policypatch.report.table import headline, scorecard_table
+
+
+def _row(arm: str, metric: str, value: float | None, judge: str | None = None, **more: Any) -> dict[str, Any]:
+    return {
+        "arm": arm,
+        "risk": "toxicity",
+        "split": "test",
+        "metric": metric,
+        "value": value,
+        "judge": judge,
+        **more,
+    }
+
+
+def _pair(
+    before: float, after: float, judge: str | None, metric: str = "toxic_rate", **more: Any
+) -> list[dict[str, Any]]:
+    """Base and patch by one judge, with a difference that is clear unless told otherwise."""
+    delta = after - before
+    clear = {"delta": delta, "delta_low": delta - 0.01, "delta_high": delta + 0.01, "p_value": 0.001}
+    return [
+        _row("base", metric, before, judge, filter=more.get("filter", False)),
+        _row("patch", metric, after, judge, **(clear | more)),
+    ]
+
+
+def _render(rows: list[dict[str, Any]]) -> str:
+    console = Console(width=80, record=True, file=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(scorecard_table(rows))
+    return capture.get()
+
+
+@pytest.mark.parametrize("arms", [2, 3, 4, 6])
+def test_table_fits_80_columns_uncut(scorecard_rows: list[dict[str, Any]], arms: int) -> None:
+    names = ["base", "patch", "sft", "teacher", "lora", "prompt"][:arms]
+    extra = [{**row, "arm": arm} for row in scorecard_rows for arm in names[4:] if row["arm"] == "sft"]
+    rows = [row for row in [*scorecard_rows, *extra] if row["arm"] in names]
+    text = _render(rows)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text
+    for row in rows:
+        if row["arm"] == "patch":
+            assert number(row["value"]) in text
+
+
+def test_table_folds_long_names(scorecard_rows: list[dict[str, Any]]) -> None:
+    for row in scorecard_rows:
+        if row["judge"]:
+            row["judge"] = "organisation/a-rather-long-classifier-name"
+    text = _render(scorecard_rows)
+    assert all(len(line) <= 80 for line in text.splitlines()) and "…" not in text
+
+
+def test_table_says_what_it_leaves_out_and_who_filtered(scorecard_rows: list[dict[str, Any]]) -> None:
+    rows = scorecard_rows + [
+        {**row, "arm": f"extra-{i}"} for row in scorecard_rows if row["arm"] == "sft" for i in range(4)
+    ]
+    text = _render(rows)
+    assert "left out for width:" in text
+    assert "lstm*" in text and "* this judge also filtered the training pairs" in text
+
+
+def test_markup_in_names_is_text() -> None:
+    assert "[red]x" in _render([_row("base", "amt", 0.5, "[red]x")])
+
+
+def test_several_risks_are_kept_apart() -> None:
+    rows = _pair(0.6, 0.2, "svm") + [
+        {**row, "risk": "gender_bias", "metric": "gas"} for row in _pair(0.5, 0.1, None)
+    ]
+    assert "gender bias · test" in _render(rows)
+    assert headline(rows) == "Toxic rate 0.60 → 0.20 by svm (did not filter the pairs); GAS 0.50 → 0.10"
+
+
+def test_headline_metrics_come_first_and_held_out_judges_before_filters(
+    scorecard_rows: list[dict[str, Any]],
+) -> None:
+    names = [
+        line.split()[:3]
+        for line in _render(scorecard_rows).splitlines()
+        if " svm " in line or " lstm* " in line
+    ]
+    assert names == [
+        ["toxic", "rate", "svm"],
+        ["toxic", "rate", "lstm*"],
+        ["AMT", "svm", names[2][2]],
+        ["AMT", "lstm*", names[3][2]],
+    ]
+
+
+def test_headline_of_a_patch_that_works() -> None:
+    rows = [
+        *_pair(0.61, 0.24, "lstm", filter=True),
+        *_pair(0.61, 0.24, "svm"),
+        *_pair(12.1, 13.0, None, "ppl_median"),
+    ]
+    assert (
+        headline(rows) == "Toxic rate 0.61 → 0.24 by svm (did not filter the pairs); median PPL 12.1 → 13.0"
+    )
+    assert verdict(rows) == "better"
+
+
+def test_headline_of_a_worse_patch() -> None:
+    rows = _pair(0.24, 0.61, "svm")
+    assert headline(rows).startswith("Worse than the base: toxic rate 0.24 → 0.61 by svm")
+    assert verdict(rows) == "worse"
+
+
+def test_headline_claims_nothing_within_chance() -> None:
+    rows = _pair(0.61, 0.59, "svm", delta_low=-0.06, delta_high=0.02, p_value=0.4)
+    assert headline(rows) == (
+        "No clear change: toxic rate 0.61 → 0.59 by svm (did not filter the pairs; "
+        "difference −0.020, 95 % interval −0.060 to +0.020)"
+    )
+    assert verdict(rows) == "unclear"
+
+
+def test_headline_without_a_test_claims_nothing() -> None:
+    rows = _pair(0.6, 0.2, "svm", delta_low=None, delta_high=None, p_value=None)
+    assert "difference not tested" in headline(rows)
+
+
+def test_headline_prefers_the_judge_that_did_not_filter_and_admits_where_none() -> None:
+    rows = _pair(0.6, 0.1, "svm", filter=True)
+    assert "(also filtered the pairs)" in headline(rows)
+    assert headline(rows + _pair(0.6, 0.3, "lstm")).startswith("Toxic rate 0.60 → 0.30 by lstm (did not")
+
+
+def test_headline_names_the_judge_that_disagrees() -> None:
+    rows = _pair(0.6, 0.2, "svm") + _pair(0.5, 0.7, "lstm")
+    assert "worse by lstm: 0.50 → 0.70" in headline(rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [_row("base", "toxic_rate", 0.4, "svm")],
+        [_row("base", "toxic_rate", None), _row("patch", "toxic_rate", 0.2)],
+    ],
+)
+def test_headline_where_there_is_nothing_to_compare(rows: list[dict[str, Any]]) -> None:
+    assert "nothing" in headline(rows)
+    assert verdict(rows) == "none"
+    scorecard_table(rows)
+
+
+def test_an_unknown_metric_gets_no_verdict() -> None:
+    rows = _pair(0.6, 0.2, None, "novel")
+    assert headline(rows) == "Novel 0.60 → 0.20"
+    assert verdict(rows) == "neutral"
+
+
+def test_both_pieces_of_evidence_must_agree() -> None:
+    base, patch = _pair(0.6, 0.2, "svm", p_value=0.2)
+    assert effect_of(patch, base) == "unclear"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.24, "0.24"),
+        (12.14, "12.1"),
+        (1234.5, "1,234"),
+        (0.0341, "0.034"),
+        (-0.37, "−0.37"),
+        (0.0004, "0.0004"),
+        (1e-6, "1e-06"),
+        (9.999, "10.0"),
+        (0, "0.00"),
+        (None, "–"),
+        (float("nan"), "–"),
+        (True, "–"),
+    ],
+)
+def test_number(value: object, text: str) -> None:
+    assert number(value) == text
