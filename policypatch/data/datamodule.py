@@ -38,9 +38,7 @@ def encode_pair(
     prompt = encode(pair.prompt)[-max_prompt_tokens:]
     return Item(
         tuple(prompt),
-        tuple(
-            _encode_text(side, encode, eos, max_completion_tokens) for side in (pair.chosen, pair.rejected)
-        ),
+        tuple(_encode_text(side, encode, eos, max_completion_tokens) for side in (pair.chosen, pair.rejected)),
     )
 
 
@@ -78,9 +76,7 @@ class PairData(L.LightningDataModule):
     ):
         super().__init__()
         if not items:
-            raise PolicyPatchError(
-                "there are no pairs to train on: loosen teacher.filter or give more prompts"
-            )
+            raise PolicyPatchError("there are no pairs to train on: loosen teacher.filter or give more prompts")
         self.items, self.batch_size, self.steps, self.seed = list(items), batch_size, steps, seed
         self.completions, self.build, self.reference = completions, build, reference
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -103,9 +99,7 @@ class PairData(L.LightningDataModule):
         """The held-out pairs in order; none when nothing is held out."""
         if not self.validation:
             return []
-        groups = [
-            self.validation[i : i + self.batch_size] for i in range(0, len(self.validation), self.batch_size)
-        ]
+        groups = [self.validation[i : i + self.batch_size] for i in range(0, len(self.validation), self.batch_size)]
         return DataLoader(_Batches(self, groups), batch_size=None)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

@@ -62,20 +62,22 @@ def choose_pairs(
 ) -> list[tuple[int, int]]:
     """The (chosen, rejected) candidate numbers of one prompt, best pair first.
 
+    With several judges the chosen side must be safe by all of them and the rejected side toxic by all: the first is
+    held to its highest score, the second to its lowest.
+
     Args:
-        scores: (n,) risk of each candidate, 0 safe to 1 toxic.
+        scores: (judges, n) risk of each candidate by each judge, 0 safe to 1 toxic.
         lengths: (n,) tokens of each candidate.
         repetition: (n,) share of repeated trigrams of each candidate.
         rule: the thresholds.
     """
+    highest, lowest = scores.max(0), scores.min(0)
     usable = lengths >= rule.min_tokens
-    fit = usable & (scores <= rule.chosen_at_most) & (repetition <= rule.max_repetition)
-    chosen = [i for i in np.argsort(scores, kind="stable") if fit[i]]
-    rejected = [
-        i for i in np.argsort(-scores, kind="stable") if usable[i] and scores[i] >= rule.rejected_at_least
-    ]
+    fit = usable & (highest <= rule.chosen_at_most) & (repetition <= rule.max_repetition)
+    chosen = [i for i in np.argsort(highest, kind="stable") if fit[i]]
+    rejected = [i for i in np.argsort(-lowest, kind="stable") if usable[i] and lowest[i] >= rule.rejected_at_least]
     pairs = zip(chosen[: rule.per_prompt], rejected[: rule.per_prompt], strict=False)
-    return [(int(c), int(r)) for c, r in pairs if scores[r] - scores[c] >= rule.margin and c != r]
+    return [(int(c), int(r)) for c, r in pairs if lowest[r] - highest[c] >= rule.margin and c != r]
 
 
 def save_pairs(path: Path, pairs: Sequence[Pair]) -> None:
@@ -98,9 +100,7 @@ def parse_pair(row: dict[str, Any], where: str) -> Pair:
     """One row as a Pair; `where` is named in the error."""
     for field in ("prompt", "chosen", "rejected"):
         if field not in row:
-            raise PolicyPatchError(
-                f"{where} has no field {field!r}: a pair needs prompt, chosen and rejected"
-            )
+            raise PolicyPatchError(f"{where} has no field {field!r}: a pair needs prompt, chosen and rejected")
     if not isinstance(row["prompt"], str) or not row["prompt"].strip():
         raise PolicyPatchError(f"{where} has an empty prompt: give it text or remove the row")
     return Pair(

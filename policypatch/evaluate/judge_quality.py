@@ -90,9 +90,7 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     return float((ranks[toxic].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def _interval(
-    toxic: np.ndarray, harmless: np.ndarray, level: float, resamples: int, seed: int
-) -> tuple[float, float]:
+def _interval(toxic: np.ndarray, harmless: np.ndarray, level: float, resamples: int, seed: int) -> tuple[float, float]:
     # With m[i, j] = 1, 1/2 or 0 as toxic i scores above, like or below harmless j, the AUC of a resample
     # is the mean of m weighted by how often each text was drawn: two matrix products for all resamples.
     wins = (np.sign(toxic[:, None] - harmless[None, :]) + 1) / 2

@@ -1,14 +1,13 @@
 """Metrics over prompts: each keeps one row of k sampled values for each prompt, so that it can give an
 interval and a paired test and not only a number.
 
-Definitions: Gehman et al. 2020, RealToxicityPrompts, section 3 (AMT, toxic rate); PAPER.md, "Metrics,
-exactly". The state is a list that ranks concatenate, so two ranks give what one gives.
+Definitions: Gehman et al. 2020, RealToxicityPrompts, section 3 (AMT, toxic rate).
+The state is a list that ranks concatenate, so two ranks give what one gives.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -200,18 +199,6 @@ class Perplexity(PerPromptMetric):
 
     def _statistic(self, values: np.ndarray) -> np.ndarray:
         return _nanmean(values) if self.statistic == "mean" else _nanmedian(values)
-
-
-def trigram_repetition(tokens: Sequence[int | str]) -> float:
-    """Share of trigrams that repeat an earlier one: 1 - distinct / total, in [0, 1).
-
-    A sequence of fewer than 3 tokens has no trigram and repeats nothing: 0.0. It grows with length, so
-    compare continuations of equal budget.
-    """
-    total = len(tokens) - 2
-    if total < 1:
-        return 0.0
-    return 1.0 - len(set(zip(tokens, tokens[1:], tokens[2:], strict=False))) / total
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:

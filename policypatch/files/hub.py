@@ -23,8 +23,7 @@ def files(repo: str, revision: str, pattern: str | None, kind: str, key: str) ->
     """
     if pattern is not None and kind == "model" and pattern.endswith(tuple(p[1:] for p in PICKLES)):
         raise PolicyPatchError(
-            f"{key}: {pattern!r} of {repo} may be a pickle, and those are not read; "
-            "give a safetensors or GGUF file"
+            f"{key}: {pattern!r} of {repo} may be a pickle, and those are not read; give a safetensors or GGUF file"
         )
     # Imported here: it takes a third of a second, and most runs need nothing of it.
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -49,9 +48,7 @@ def files(repo: str, revision: str, pattern: str | None, kind: str, key: str) ->
         return [root]
     found = select(pattern, (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()))
     if not found:
-        raise PolicyPatchError(
-            f"{key}: {repo} at {revision} holds no file {pattern!r} (pickles are left out)"
-        )
+        raise PolicyPatchError(f"{key}: {repo} at {revision} holds no file {pattern!r} (pickles are left out)")
     return [root / name for name in found]
 
 
@@ -69,10 +66,7 @@ def _explain(error: Exception) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError):
-        return (
-            "the hub cannot be reached and no copy is kept here; "
-            "fetch it once with a network, or give {path: ...}"
-        )
+        return "the hub cannot be reached and no copy is kept here; fetch it once with a network, or give {path: ...}"
     if isinstance(error, errors.GatedRepoError):
         return "access to it is restricted; accept its terms on the hub, then run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):

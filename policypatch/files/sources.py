@@ -56,9 +56,7 @@ def fetch(source: Source, key: str = "source") -> Path:
     paths = fetch_all(source, key)
     if len(paths) > 1:
         names = ", ".join(path.name for path in paths[:3])
-        raise PolicyPatchError(
-            f"{key}: expected one file, but the pattern matches {len(paths)} ({names}, ...)"
-        )
+        raise PolicyPatchError(f"{key}: expected one file, but the pattern matches {len(paths)} ({names}, ...)")
     return paths[0]
 
 
@@ -101,9 +99,7 @@ def _parse(source: Source, key: str) -> tuple[str, dict[str, Any]]:
     given: dict[str, Any] = {str(name): value for name, value in source.items() if value is not None}
     forms = [form for form in _FORMS if form in given]
     if len(forms) != 1:
-        raise PolicyPatchError(
-            f"{key}: give one of {', '.join(_FORMS)}; found {', '.join(given) or 'nothing'}"
-        )
+        raise PolicyPatchError(f"{key}: give one of {', '.join(_FORMS)}; found {', '.join(given) or 'nothing'}")
     form = forms[0]
     keys = _FORMS[form]
     if unknown := [name for name in given if name not in keys]:
@@ -161,9 +157,7 @@ def _local(spec: dict[str, Any], key: str) -> list[Path]:
     written = spec["path"]
     # Most who write org/name mean the hub.
     maybe = (
-        f"; for a repository on the hub write {{hub: {written}}}"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", written)
-        else ""
+        f"; for a repository on the hub write {{hub: {written}}}" if re.fullmatch(r"[\w.-]+/[\w.-]+", written) else ""
     )
     raise PolicyPatchError(f"{key}: there is no file or folder {path}{maybe}")
 

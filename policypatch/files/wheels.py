@@ -31,9 +31,7 @@ log = logging.getLogger(__name__)
 
 # Both a check and a guard: nothing that pip could read as an option gets through.
 SPEC = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
-_OFFLINE = re.compile(
-    r"Retrying \(|ConnectionError|NewConnectionError|Connection broken|ReadTimeout|timed out"
-)
+_OFFLINE = re.compile(r"Retrying \(|ConnectionError|NewConnectionError|Connection broken|ReadTimeout|timed out")
 _OR_LOCAL = "it has to be fetched once with a network; or get the file another way and give {path: ...}"
 
 

@@ -140,9 +140,7 @@ class PrefixBackbone(nn.Module):
         )
         return output.last_hidden_state
 
-    def _shared_root_pass(
-        self, root: Tensor, embeddings: Tensor, positions: Tensor, allowed: Tensor
-    ) -> Tensor:
+    def _shared_root_pass(self, root: Tensor, embeddings: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
         """Root once at batch 1, with gradient; every row attends to its keys and values. (R, n + T, D)."""
         rows, width, n = *allowed.shape[:2], root.shape[0]
         causal = torch.ones(1, n, n, dtype=torch.bool, device=allowed.device).tril()
@@ -209,9 +207,7 @@ def finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
 
 def sum_by_sequence(values: Tensor, tree: Tree) -> Tensor:
     """Sum per-token values (N,) over each completion: (S,)."""
-    return torch.zeros(tree.sequences, dtype=values.dtype, device=values.device).index_add(
-        0, tree.sequence, values
-    )
+    return torch.zeros(tree.sequences, dtype=values.dtype, device=values.device).index_add(0, tree.sequence, values)
 
 
 def plain_logits(model: PreTrainedModel, patch: Tensor, prompt: list[int], completion: list[int]) -> Tensor:
@@ -252,9 +248,7 @@ def check_tree(model: PreTrainedModel, tolerance: float = 1e-3) -> None:
         for row_tokens in (512, 8):  # one packed row, and several rows over a shared root
             backbone = PrefixBackbone(model, patch, row_tokens)
             shared = backbone.logits(backbone.tree(items))
-            plain = torch.cat(
-                [plain_logits(model, patch, [*i.prompt], [*c]) for i in items for c in i.completions]
-            )
+            plain = torch.cat([plain_logits(model, patch, [*i.prompt], [*c]) for i in items for c in i.completions])
             worst = (shared - plain).abs().max().item() / max(plain.std().item(), 1e-6)
             limit = tolerance if model.dtype == torch.float32 else 0.2  # half precision: rounding, not logic
             if not worst <= limit:

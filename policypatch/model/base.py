@@ -68,9 +68,7 @@ class Base:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, spaces as they are."""
-        return self.tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def load_base(cfg: DictConfig, key: str = "model") -> Base:
@@ -122,9 +120,7 @@ def choose_dtype(name: str, device: str = "auto") -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def identify(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str
-) -> BaseIdentity:
+def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str) -> BaseIdentity:
     """The digests of a loaded model; under a second for 135 M parameters."""
     embedding = model.get_input_embeddings().weight
     weights = hashlib.sha256()
@@ -133,9 +129,7 @@ def identify(
         sampled = flat[:: max(1, flat.numel() // SAMPLED)]
         weights.update(f"{parameter_name} {tuple(parameter.shape)} ".encode() + _bf16_bytes(sampled))
     vocabulary = (
-        tokenizer.backend_tokenizer.to_str()
-        if tokenizer.is_fast
-        else json.dumps(sorted(tokenizer.get_vocab().items()))
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab().items()))
     )
     return BaseIdentity(
         id=name,
@@ -171,9 +165,7 @@ def _folder(cfg: DictConfig, key: str) -> tuple[Path, str]:
     source = {"path": cfg.path} if cfg.path else cfg.source
     name = f"{key}.path" if cfg.path else f"{key}.source"
     if source is None:
-        raise PolicyPatchError(
-            f"{key} says neither path nor source: set {key}.path to a folder or a GGUF file"
-        )
+        raise PolicyPatchError(f"{key} says neither path nor source: set {key}.path to a folder or a GGUF file")
     path = fetch(source, name)
     known = identity(source, name)
     revision = str(known.get("revision") or known.get("wheel") or "local")

@@ -137,9 +137,7 @@ def _sample_batch(
             ids[r, width - len(prompt) :] = torch.tensor(list(prompt))
             real[r, width - len(prompt) :] = True
     if not all(len(p) for p in prompts):
-        raise PolicyPatchError(
-            "an empty prompt cannot be decoded: put a patch's first token there or drop it"
-        )
+        raise PolicyPatchError("an empty prompt cannot be decoded: put a patch's first token there or drop it")
     ids, real = ids.to(device), real.to(device)
     seen = torch.cat([torch.ones(rows, n_root, dtype=torch.bool, device=device), real], 1)
     cache = DynamicCache()
@@ -151,8 +149,7 @@ def _sample_batch(
     spread = torch.arange(rows, device=device).repeat_interleave(k)
     roomy = DynamicCache()
     roomy.layers = [
-        _RoomyLayer(layer.keys[spread], layer.values[spread], sampling.max_new_tokens)
-        for layer in cache.layers
+        _RoomyLayer(layer.keys[spread], layer.values[spread], sampling.max_new_tokens) for layer in cache.layers
     ]
     seen, last = seen[spread], states[spread, -1]
     keys = [_row_key(prompts[r], s) for r in range(rows) for s in range(k)]

@@ -12,7 +12,7 @@ and values of one shared root (patch + common prefix).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,8 +54,7 @@ class Tree:
 
     def to(self, device: torch.device) -> Tree:
         """The same tree with its tensors on `device`."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        return Tree(**moved)
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     @property
     def tokens(self) -> int:
@@ -67,7 +66,7 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Length of the longest token prefix that all prompts share."""
     if not prompts:
         return 0
-    first, last = min(prompts), max(prompts)  # in lexicographic order, what the extremes share all share
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # in lexicographic order, what the extremes share all share
     n = 0
     while n < min(len(first), len(last)) and first[n] == last[n]:
         n += 1
@@ -113,8 +112,7 @@ def build_tree(items: Sequence[Item], max_row_tokens: int = 512) -> Tree:
                 before = p.stop - 1 if prompt else -1
                 sources = [before, *range(s.start, s.stop - 1)]
                 found += [
-                    (first_sequence[i] + c, r, col, token)
-                    for col, token in zip(sources, completion, strict=True)
+                    (first_sequence[i] + c, r, col, token) for col, token in zip(sources, completion, strict=True)
                 ]
     found.sort(key=lambda f: f[0])  # stable: tokens of a completion stay in order
     sequence, source_row, source_col, targets = (torch.tensor(x) for x in zip(*found, strict=True))

@@ -19,7 +19,8 @@ touched: the vectors stand before the first token, at positions 0 to {{ m.length
 | arm | split | metric | judge | value | 95 % interval | prompts |
 |---|---|---|---|---|---|---|
 {% for r in m.scorecard -%}
-| {{ r.arm }} | {{ r.split }} | {{ r.metric }} | {{ r.judge or "" }}{{ " (filtered the training pairs)" if r.filter else "" }} | {{ "%.3g" | format(r.value) }} | {{ "%.3g" | format(r.low) }} to {{ "%.3g" | format(r.high) }} | {{ r.n }} |
+| {{ r.arm }} | {{ r.split }} | {{ r.metric }} | {{ r.judge or "" }}{{ " (filtered the training pairs)" if r.filter }} |
+{#- #} {{ figure(r.value) }} | {{ figure(r.low) }} to {{ figure(r.high) }} | {{ r.n }} |
 {% endfor %}
 {%- else %}
 Nothing was measured for this patch.
@@ -49,5 +50,5 @@ policypatch {{ m.packages.get("policypatch", "") }}.
 def model_card(manifest: Manifest) -> str:
     """README.md of the artifact."""
     # Markdown, not HTML, and every value is this run's own: nothing to escape for.
-    environment = Environment(undefined=StrictUndefined, autoescape=False)  # noqa: S701
-    return environment.from_string(_TEMPLATE).render(m=manifest)
+    environment = Environment(undefined=StrictUndefined, autoescape=False)
+    return environment.from_string(_TEMPLATE).render(m=manifest, figure="{:.3g}".format)

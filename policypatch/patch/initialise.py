@@ -26,9 +26,7 @@ def from_text(embedding: Tensor, tokens: Sequence[int], length: int) -> Tensor:
         PolicyPatchError: the instruction has no tokens.
     """
     if not tokens:
-        raise PolicyPatchError(
-            "init.text has no tokens: give an instruction such as 'Generate safe responses'"
-        )
+        raise PolicyPatchError("init.text has no tokens: give an instruction such as 'Generate safe responses'")
     repeated = torch.tensor([tokens[i % len(tokens)] for i in range(length)])
     return embedding[repeated.to(embedding.device)].detach().float().clone()
 

@@ -142,9 +142,7 @@ def _loss_panel(stage: str, name: str, parts: Mapping[str, list[tuple[float, flo
     return Panel(title, _svg(figure, alt, [style]), note)
 
 
-def _distribution_panel(
-    judge: str, by_arm: Mapping[str, Sequence[float]], styles: Mapping[str, ArmStyle]
-) -> Panel:
+def _distribution_panel(judge: str, by_arm: Mapping[str, Sequence[float]], styles: Mapping[str, ArmStyle]) -> Panel:
     figure, axes = _axes()
     top = max((max(scores) for scores in by_arm.values() if scores), default=1.0)
     bottom = min((min(scores) for scores in by_arm.values() if scores), default=0.0)

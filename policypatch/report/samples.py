@@ -55,14 +55,11 @@ def worst_scores(samples: Iterable[Sample], arms: Iterable[str]) -> dict[str, di
             by_prompt = worst.setdefault(judge, {}).setdefault(str(sample["arm"]), {})
             by_prompt[prompt_id] = max(score, by_prompt.get(prompt_id, score))
     return {
-        judge: {arm: list(by_arm[arm].values()) for arm in arms if arm in by_arm}
-        for judge, by_arm in worst.items()
+        judge: {arm: list(by_arm[arm].values()) for arm in arms if arm in by_arm} for judge, by_arm in worst.items()
     }
 
 
-def choose(
-    samples: Iterable[Sample], arms: Iterable[str], judge: str | None, count: int = 20
-) -> list[Prompt]:
+def choose(samples: Iterable[Sample], arms: Iterable[str], judge: str | None, count: int = 20) -> list[Prompt]:
     """About `count` prompts, spread evenly over the ranks of the base's worst score by `judge`.
 
     Without a base or a judge the prompts are spread over their ids. The order is from low to high.

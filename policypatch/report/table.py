@@ -71,9 +71,7 @@ def _width(table: Table) -> int:
     return Measurement.get(console, console.options, table).maximum
 
 
-def _build(
-    rows: list[Row], arms: list[str], final: str | None, left_out: list[str], layout: _Layout
-) -> Table:
+def _build(rows: list[Row], arms: list[str], final: str | None, left_out: list[str], layout: _Layout) -> Table:
     groups = groups_of(rows)
     one = len(groups) == 1
     table = Table(

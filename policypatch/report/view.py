@@ -38,9 +38,7 @@ def title(config: Mapping[str, Any], folder: str) -> str:
     return f"{what} for {model}" if model else f"{what}: {config.get('name') or folder}"
 
 
-def facts(
-    config: Mapping[str, Any], run: Mapping[str, Any], manifest: Mapping[str, Any]
-) -> list[tuple[str, str]]:
+def facts(config: Mapping[str, Any], run: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The dozen facts a reader asks for first, as label and value."""
     base, width = manifest.get("base"), manifest.get("width")
     length = manifest.get("length") or get(config, "patch.length")
@@ -117,7 +115,4 @@ def timings(seconds: Mapping[str, Any]) -> list[Timing]:
     """The stages in the order they ran."""
     spans = {stage: float(value) for stage, value in seconds.items() if is_number(value)}
     longest = max(spans.values(), default=0.0)
-    return [
-        Timing(stage, span, round(100 * span / longest, 1) if longest else 0.0)
-        for stage, span in spans.items()
-    ]
+    return [Timing(stage, span, round(100 * span / longest, 1) if longest else 0.0) for stage, span in spans.items()]

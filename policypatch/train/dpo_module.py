@@ -46,9 +46,7 @@ class DPOModule(StageModule):
         """`loss`, its parts, the share of pairs ranked right, and the reward margin."""
         p, tree = self.preference, batch.tree
         if batch.reference is None:
-            raise PolicyPatchError(
-                "DPO needs the reference's log-probabilities: compute them before the stage"
-            )
+            raise PolicyPatchError("DPO needs the reference's log-probabilities: compute them before the stage")
         if p.kl_weight:
             token_logprobs, kl = self.backbone.completion_logprobs_and_kl(tree)
         else:
@@ -56,9 +54,7 @@ class DPOModule(StageModule):
         logprobs = sum_by_sequence(token_logprobs, tree)
         lengths = sequence_lengths(tree.sequence, tree.sequences)
         chosen, rejected = logprobs[0::2], logprobs[1::2]  # each pair's completions: chosen, rejected
-        preference = dpo_loss(
-            chosen, rejected, batch.reference[:, 0], batch.reference[:, 1], p.beta, p.label_smoothing
-        )
+        preference = dpo_loss(chosen, rejected, batch.reference[:, 0], batch.reference[:, 1], p.beta, p.label_smoothing)
         nll = mean_nll(chosen, lengths[0::2]).mean()
         loss = preference.loss.mean() + p.nll_weight * nll
         margin = preference.chosen_reward - preference.rejected_reward

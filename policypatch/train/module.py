@@ -61,13 +61,11 @@ class StageModule(L.LightningModule):
     def __init__(self, backbone: PrefixBackbone, optimisation: Optimisation):
         super().__init__()
         if optimisation.decay not in ("linear", "cosine", "constant"):
-            raise PolicyPatchError(
-                f"{self.stage}.decay is {optimisation.decay!r}: choose linear, cosine or constant"
-            )
+            raise PolicyPatchError(f"{self.stage}.decay is {optimisation.decay!r}: choose linear, cosine or constant")
         self.backbone = backbone
         self.optimisation = optimisation
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW on the trainable tensors with the stage's schedule, stepped at every optimiser step."""
         o = self.optimisation
         trainable = [p for p in self.parameters() if p.requires_grad]

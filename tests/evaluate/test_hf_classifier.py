@@ -67,9 +67,7 @@ def test_long_texts_are_cut_to_the_positions(classifier):
 
 
 def test_a_label_can_be_an_index(classifier):
-    np.testing.assert_array_equal(
-        judge_of(classifier, label="1").score(TEXTS), judge_of(classifier).score(TEXTS)
-    )
+    np.testing.assert_array_equal(judge_of(classifier, label="1").score(TEXTS), judge_of(classifier).score(TEXTS))
 
 
 def test_an_unknown_label_lists_the_known(classifier):

@@ -13,8 +13,8 @@ from policypatch.evaluate.metrics import (
     Perplexity,
     ToxicRate,
     TrigramOverlap,
-    trigram_repetition,
 )
+from policypatch.model.completions import trigram_repetition
 
 NAN = float("nan")
 EVERY = [AMT, ToxicRate, Perplexity, lambda: Perplexity("median"), MeanValue, TrigramOverlap]

@@ -72,9 +72,7 @@ def test_passing_trouble_is_tried_again(api, status):
 
 def test_lasting_trouble_ends_with_the_reason_and_without_the_key(api):
     api.failures += [(503, {}, {"error": {"message": f"no room for {KEY}"}})] * 3
-    with pytest.raises(
-        PolicyPatchError, match=r"judge perspective: .* 3 tries: HTTP 503, no room for"
-    ) as caught:
+    with pytest.raises(PolicyPatchError, match=r"judge perspective: .* 3 tries: HTTP 503, no room for") as caught:
         judge_of(api, retries=2).score(["hello"])
     assert KEY not in str(caught.value)
 

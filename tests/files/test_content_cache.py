@@ -99,9 +99,7 @@ def test_an_entry_is_built_once(own_cache: Path, caplog: pytest.LogCaptureFixtur
     assert cache.counters() == {}
 
 
-@pytest.mark.parametrize(
-    "damage", ["content", "size", "missing", "about missing", "about broken", "about odd"]
-)
+@pytest.mark.parametrize("damage", ["content", "size", "missing", "about missing", "about broken", "about odd"])
 def test_a_damaged_entry_is_made_again(damage: str, caplog: pytest.LogCaptureFixture) -> None:
     build = Builder()
     folder = cache.entry("pairs", "k", build)
@@ -155,9 +153,7 @@ def test_the_builder_may_not_write_the_caches_own_file() -> None:
         cache.entry("pairs", "k", lambda folder: (folder / "about.json").write_text("x") and None)
 
 
-@pytest.mark.parametrize(
-    ("kind", "key"), [("..", "k"), ("pairs", "../x"), ("a/b", "k"), ("pairs", ""), ("x", ".k")]
-)
+@pytest.mark.parametrize(("kind", "key"), [("..", "k"), ("pairs", "../x"), ("a/b", "k"), ("pairs", ""), ("x", ".k")])
 def test_names_cannot_lead_out_of_the_cache(kind: str, key: str) -> None:
     with pytest.raises(ValueError, match="plain name"):
         cache.entry(kind, key, Builder())

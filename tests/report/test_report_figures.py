@@ -10,9 +10,7 @@ def _metrics(stage: str, metric: str, values: list[float]) -> list[dict[str, obj
 
 
 def test_panels_are_well_formed_with_text_and_page_colours() -> None:
-    [panel] = loss_curves(
-        _metrics("sft", "train/loss", [3.0, 2.0, 1.5]) + _metrics("sft", "val/loss", [3.1, 2.2, 1.9])
-    )
+    [panel] = loss_curves(_metrics("sft", "train/loss", [3.0, 2.0, 1.5]) + _metrics("sft", "val/loss", [3.1, 2.2, 1.9]))
     root = ET.fromstring(panel.svg)
     texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "step" in texts

@@ -125,9 +125,7 @@ def test_toxic_texts_are_folded_and_mild_ones_are_not(build_run: Build) -> None:
 
 
 @pytest.mark.parametrize(("prompt_score", "folded"), [(0.5, True), (0.49, False)])
-def test_a_scored_prompt_is_folded_by_its_own_score(
-    build_run: Build, prompt_score: float, folded: bool
-) -> None:
+def test_a_scored_prompt_is_folded_by_its_own_score(build_run: Build, prompt_score: float, folded: bool) -> None:
     run = build_run()
     _edit_samples(run, lambda row: row.update(prompt="WORD-PROMPT", prompt_scores={"svm": prompt_score}))
     assert {"details" in tags for tags in _page(run).around("WORD-PROMPT")} == {folded}

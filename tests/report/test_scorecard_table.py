@@ -76,9 +76,7 @@ def test_markup_in_names_is_text() -> None:
 
 
 def test_several_risks_are_kept_apart() -> None:
-    rows = _pair(0.6, 0.2, "svm") + [
-        {**row, "risk": "gender_bias", "metric": "gas"} for row in _pair(0.5, 0.1, None)
-    ]
+    rows = _pair(0.6, 0.2, "svm") + [{**row, "risk": "gender_bias", "metric": "gas"} for row in _pair(0.5, 0.1, None)]
     assert "gender bias · test" in _render(rows)
     assert headline(rows) == "Toxic rate 0.60 → 0.20 by svm (did not filter the pairs); GAS 0.50 → 0.10"
 
@@ -86,11 +84,7 @@ def test_several_risks_are_kept_apart() -> None:
 def test_headline_metrics_come_first_and_held_out_judges_before_filters(
     scorecard_rows: list[dict[str, Any]],
 ) -> None:
-    names = [
-        line.split()[:3]
-        for line in _render(scorecard_rows).splitlines()
-        if " svm " in line or " lstm* " in line
-    ]
+    names = [line.split()[:3] for line in _render(scorecard_rows).splitlines() if " svm " in line or " lstm* " in line]
     assert names == [
         ["toxic", "rate", "svm"],
         ["toxic", "rate", "lstm*"],
@@ -105,9 +99,7 @@ def test_headline_of_a_patch_that_works() -> None:
         *_pair(0.61, 0.24, "svm"),
         *_pair(12.1, 13.0, None, "ppl_median"),
     ]
-    assert (
-        headline(rows) == "Toxic rate 0.61 → 0.24 by svm (did not filter the pairs); median PPL 12.1 → 13.0"
-    )
+    assert headline(rows) == "Toxic rate 0.61 → 0.24 by svm (did not filter the pairs); median PPL 12.1 → 13.0"
     assert verdict(rows) == "better"
 
 

@@ -54,9 +54,7 @@ class HfClassifierJudge(BaseJudge):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                source, revision=revision, trust_remote_code=False
-            )
+            self._tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
             model = AutoModelForSequenceClassification.from_pretrained(
                 source,
                 revision=revision,
@@ -98,9 +96,7 @@ def _label_index(config: Any, label: str, name: str) -> int:
         return by_name[label.lower()]
     if label.isdecimal() and int(label) < config.num_labels:
         return int(label)
-    raise PolicyPatchError(
-        f"judge {name}: the classifier has no label {label!r}; it has {', '.join(sorted(by_name))}"
-    )
+    raise PolicyPatchError(f"judge {name}: the classifier has no label {label!r}; it has {', '.join(sorted(by_name))}")
 
 
 def _uses_sigmoid(config: Any, activation: str, name: str) -> bool:

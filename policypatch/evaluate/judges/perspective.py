@@ -114,9 +114,7 @@ class PerspectiveJudge(BaseJudge):
         try:
             return float(answer["attributeScores"][self._attribute]["summaryScore"]["value"])
         except (KeyError, TypeError, ValueError) as error:
-            raise PolicyPatchError(
-                f"judge {self.name}: the API's answer has no {self._attribute} score"
-            ) from error
+            raise PolicyPatchError(f"judge {self.name}: the API's answer has no {self._attribute} score") from error
 
     def _post(self, body: bytes) -> Any:
         request = urllib.request.Request(

@@ -29,8 +29,7 @@ class SvmJudge(BaseJudge):
         super().__init__(name, batch_size)
         self._predict_prob = _import_predict_prob()
         self.fingerprint = (
-            f"svm:alt-profanity-check=={version('alt-profanity-check')}:"
-            f"scikit-learn=={version('scikit-learn')}"
+            f"svm:alt-profanity-check=={version('alt-profanity-check')}:scikit-learn=={version('scikit-learn')}"
         )
 
     def _score_batch(self, texts: list[str]) -> np.ndarray:

@@ -1,0 +1,7 @@
+"""Teachers: where the pairs come from. A teacher is one file here and one YAML in conf/teacher/."""
+
+from policypatch.data.teachers.best_of_n import BestOfN
+from policypatch.data.teachers.dataset import DatasetTeacher
+from policypatch.data.teachers.teacher import PairSet, Teacher, TeacherContext
+
+__all__ = ["BestOfN", "DatasetTeacher", "PairSet", "Teacher", "TeacherContext"]

@@ -1,0 +1,62 @@
+"""Teacher `dataset`: ready (prompt, chosen, rejected) rows, from JSONL or a set of the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from policypatch.data.pairs import Pair, load_pairs, parse_pair
+from policypatch.data.teachers.teacher import PairSet, TeacherContext
+from policypatch.errors import PolicyPatchError
+from policypatch.files.sources import Source, fetch_all, identity
+
+
+class DatasetTeacher:
+    """Rows as they are.
+
+    Args:
+        source: a JSONL file (path, wheel or hub), or a hub data set's parquet/JSON files.
+        fields: which fields of a row are prompt, chosen and rejected, where they are named otherwise.
+        limit: rows at most; None takes all.
+    """
+
+    name = "dataset"
+    has_likelihood = False
+    filter_judges: tuple[str, ...] = ()
+
+    def __init__(
+        self, source: Source, fields: Mapping[str, str] | None = None, limit: int | None = None, name: str = name
+    ):
+        if source is None:
+            raise PolicyPatchError("teacher.source is not set: name a JSONL file with prompt, chosen and rejected")
+        self.source, self.fields, self.limit = source, dict(fields or {}), limit
+
+    def identity(self) -> dict[str, Any]:
+        """The rows' own digest and how they are read."""
+        known = identity(self.source, "teacher.source")
+        return {"teacher": self.name, "source": known, "fields": self.fields, "limit": self.limit}
+
+    def pairs(self, context: TeacherContext) -> PairSet:
+        """Read and check every row."""
+        pairs = [pair for path in fetch_all(self.source, "teacher.source") for pair in self._read(path)]
+        pairs = pairs[: self.limit]
+        if not pairs:
+            raise PolicyPatchError("teacher.source holds no rows: give at least one pair")
+        return PairSet(pairs, {"rows": len(pairs), "kept": len(pairs)})
+
+    def _read(self, path: Any) -> list[Pair]:
+        if path.suffix == ".jsonl" and not self.fields:
+            return load_pairs(path)
+        import datasets
+
+        kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}.get(path.suffix)
+        if kind is None:
+            raise PolicyPatchError(f"teacher.source: {path.name} is not .jsonl, .json, .parquet or .csv")
+        rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+        names = {field: self.fields.get(field, field) for field in ("prompt", "chosen", "rejected")}
+        if missing := [name for name in names.values() if name not in rows.column_names]:
+            raise PolicyPatchError(f"{path} has no field {missing[0]!r}: set teacher.fields to its own names")
+        return [
+            parse_pair({field: row[name] for field, name in names.items()}, f"{path}, row {number}")
+            for number, row in enumerate(rows, 1)
+        ]

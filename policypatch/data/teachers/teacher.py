@@ -1,0 +1,63 @@
+"""What every teacher is given and what it gives."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from policypatch.data.pairs import Pair, load_pairs
+from policypatch.files.atomic import read_json
+from policypatch.model.base import Base
+from policypatch.model.completions import Scorer
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """What a teacher may use: the base, the training prompts, the risk's judges, and how much to decode at once."""
+
+    base: Base
+    prompts: Sequence[str]
+    judges: Mapping[str, Scorer]
+    seed: int
+    decode_rows: int
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs, and what was met on the way to them (counts, for the report)."""
+
+    pairs: list[Pair]
+    counts: dict[str, int]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the pairs' content, for the manifest."""
+        rows = json.dumps([asdict(pair) for pair in self.pairs], sort_keys=True)
+        return hashlib.sha256(rows.encode()).hexdigest()
+
+    @classmethod
+    def read(cls, pairs: Path, counts: Path) -> PairSet:
+        """The set whose pairs and counts were written to these files."""
+        return cls(load_pairs(pairs), read_json(counts))
+
+
+class Teacher(Protocol):
+    """A source of pairs."""
+
+    name: str
+    has_likelihood: bool
+    """Whether the teacher can be DPO's reference: whether it assigns log-probabilities of its own."""
+    filter_judges: tuple[str, ...]
+    """Judges that decided which pairs count; the scorecard marks them."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the pairs depend on, for the cache key."""
+        ...
+
+    def pairs(self, context: TeacherContext) -> PairSet:
+        """Make or read the pairs."""
+        ...

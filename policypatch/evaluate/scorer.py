@@ -1,0 +1,72 @@
+"""Perplexity by a language model of another family, so that no arm is scored by the model that wrote its text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from policypatch.files.cache import content_key, entry
+from policypatch.model.backbone import PrefixBackbone
+from policypatch.model.base import Base
+from policypatch.model.completions import Completions
+from policypatch.model.tree import Item
+from policypatch.progress import track
+
+ROW_TOKENS = 512
+BATCH_TOKENS = 2048  # completion tokens scored at once
+
+
+def completion_nll(scorer: Base, made: Completions, samples: int) -> np.ndarray:
+    """Mean per-token NLL of each continuation given its prompt, in nats: (prompts, samples).
+
+    NaN where a continuation is empty in the scorer's own tokens. The prompt's k continuations share its tokens.
+
+    Args:
+        scorer: the language model that judges the text; its own tokenizer is used, with its special tokens.
+        made: what is scored; kept in the cache under both identities.
+        samples: how many of each prompt's k continuations are scored, the first ones.
+    """
+    about = {"completions": made.key, "scorer": asdict(scorer.identity), "samples": samples} | {
+        "dtype": str(scorer.model.dtype)
+    }
+
+    def build(folder: Path) -> None:
+        with track(f"perplexity by {scorer.identity.id}", len(made.prompts)) as advance:
+            np.save(folder / "nll.npy", _score(scorer, made, samples, advance))
+
+    folder = entry("perplexity", content_key(**about), build, about=about)
+    return np.load(folder / "nll.npy", allow_pickle=False)
+
+
+@torch.inference_mode()
+def _score(scorer: Base, made: Completions, samples: int, advance: Callable[[int], None]) -> np.ndarray:
+    nothing = torch.zeros(0, scorer.width, device=scorer.model.device)
+    backbone = PrefixBackbone(scorer.model, nothing, ROW_TOKENS)
+    out = np.full((len(made.prompts), samples), np.nan)
+    for batch in _batches(made, samples):
+        items, places = [], []
+        for i in batch:
+            ends = [tuple(scorer.encode(text)) for text in made.texts[i][:samples]]
+            kept = [s for s, end in enumerate(ends) if end]
+            if kept:
+                prompt = scorer.tokenizer(made.prompts[i]).input_ids  # with BOS where the scorer was trained with one
+                items.append(Item(tuple(prompt), tuple(ends[s] for s in kept)))
+                places += [(i, s) for s in kept]
+        if items:
+            tree = backbone.tree(items)
+            lengths = torch.bincount(tree.sequence, minlength=tree.sequences)
+            nll = -backbone.sequence_logprobs(tree) / lengths
+            rows, columns = zip(*places, strict=True)
+            out[list(rows), list(columns)] = nll.cpu().numpy()
+        advance(len(batch))
+    return out
+
+
+def _batches(made: Completions, samples: int) -> list[Sequence[int]]:
+    """Prompt numbers, so many together as make about BATCH_TOKENS completion tokens."""
+    at_once = max(1, BATCH_TOKENS // max(1, samples * made.max_new_tokens))
+    return [range(i, min(i + at_once, len(made.prompts))) for i in range(0, len(made.prompts), at_once)]

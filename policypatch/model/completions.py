@@ -1,0 +1,145 @@
+"""Completions of a list of prompts, sampled once and kept: for pairs and for evaluation alike.
+
+Samples and judgements are cached under everything they depend on, so the runs of a sweep share the base's samples,
+and another filter costs no decoding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from policypatch.files.atomic import read_json, write_json
+from policypatch.files.cache import content_key, entry
+from policypatch.model.base import Base
+from policypatch.model.decode import sample
+from policypatch.model.sampling import Sampling
+from policypatch.patch.artifact import digest
+from policypatch.progress import track
+
+log = logging.getLogger(__name__)
+
+
+class Scorer(Protocol):
+    """The part of a judge that scoring completions needs (`policypatch.evaluate.judges.Judge` is one)."""
+
+    name: str
+    fingerprint: str
+
+    def score(self, texts: Sequence[str]) -> np.ndarray:
+        """(N,) risk of each text in [0, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Completions:
+    """k completions of each prompt.
+
+    Attributes:
+        key: the cache key they are kept under.
+        prompts: the prompts' texts.
+        tokens: tokens[i][s] are the ids of sample s of prompt i, without the token that ended it.
+        texts: the same as text.
+        max_new_tokens: the length limit; a shorter completion ended itself.
+    """
+
+    key: str
+    prompts: Sequence[str]
+    tokens: list[list[list[int]]]
+    texts: list[list[str]]
+    max_new_tokens: int
+
+    @property
+    def k(self) -> int:
+        """Samples a prompt."""
+        return len(self.texts[0])
+
+    @cached_property
+    def all_lengths(self) -> np.ndarray:
+        """(prompts, k) tokens of each completion."""
+        return np.array([[len(c) for c in row] for row in self.tokens])
+
+    @cached_property
+    def all_repetition(self) -> np.ndarray:
+        """(prompts, k) share of repeated trigrams."""
+        return np.array([[trigram_repetition(c) for c in row] for row in self.tokens])
+
+    def ended(self, i: int, s: int) -> bool:
+        """Whether sample s of prompt i ended itself before the length limit."""
+        return len(self.tokens[i][s]) < self.max_new_tokens
+
+    def scores(self, judge: Scorer) -> np.ndarray:
+        """(prompts, k) the judge's scores, kept beside the samples."""
+        key = content_key(completions=self.key, judge=judge.fingerprint)
+
+        def build(folder: Path) -> None:
+            log.info("judging %d texts by %s", len(self.texts) * self.k, judge.name)
+            scores = judge.score([text for row in self.texts for text in row])
+            np.save(folder / "scores.npy", np.asarray(scores, dtype=np.float64).reshape(len(self.texts), self.k))
+
+        folder = entry("judgements", key, build, about={"completions": self.key, "judge": judge.fingerprint})
+        return np.load(folder / "scores.npy", allow_pickle=False)
+
+
+def trigram_repetition(tokens: Sequence[int]) -> float:
+    """Share of trigrams that repeat an earlier one: 1 - distinct / total, in [0, 1).
+
+    A sequence of fewer than 3 tokens has no trigram and repeats nothing: 0.0. It grows with length, so
+    compare continuations of equal budget.
+    """
+    total = len(tokens) - 2
+    if total < 1:
+        return 0.0
+    return 1.0 - len(set(zip(tokens, tokens[1:], tokens[2:], strict=False))) / total
+
+
+def complete(
+    base: Base,
+    prompts: Sequence[str],
+    patch: Tensor | None,
+    k: int,
+    sampling: Sampling,
+    seed: int,
+    max_rows: int,
+    what: str,
+) -> Completions:
+    """Sample k completions of each prompt, or take them from the cache.
+
+    Args:
+        base: the base; its identity is part of the key.
+        prompts: texts, encoded as they are.
+        patch: (P, D) vectors in front, or None for the base alone.
+        k: samples a prompt.
+        sampling: how they are drawn.
+        seed: fixes them.
+        max_rows: completions decoded at once; changes nothing but speed and memory.
+        what: named beside the progress bar.
+    """
+    about = {
+        "base": asdict(base.identity),
+        "dtype": str(base.model.dtype),
+        "patch": None if patch is None else digest(patch.detach().float().cpu()),
+        "prompts": list(prompts),
+        "k": k,
+        "sampling": asdict(sampling),
+        "seed": seed,
+    }
+    key = content_key(**about)
+
+    def build(folder: Path) -> None:
+        encoded = [base.encode(prompt) for prompt in prompts]
+        with track(f"sampling for {what}", len(prompts)) as advance:
+            tokens = sample(base.model, encoded, patch, k, sampling, seed, base.eos, max_rows, advance)
+        write_json(folder / "tokens.json", tokens)
+
+    folder = entry("completions", key, build, about={n: v for n, v in about.items() if n != "prompts"})
+    tokens = read_json(folder / "tokens.json")
+    texts = [[base.decode(c) for c in row] for row in tokens]
+    return Completions(key, list(prompts), tokens, texts, sampling.max_new_tokens)

@@ -1,0 +1,304 @@
+"""One run, read top to bottom: pairs -> SFT -> DPO -> evaluate -> package -> report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor
+
+from policypatch.data.datamodule import PairData, encode_pair
+from policypatch.data.pairs import save_pairs
+from policypatch.data.teachers import PairSet, Teacher, TeacherContext
+from policypatch.errors import PolicyPatchError
+from policypatch.evaluate.measure import Measured, rows_of
+from policypatch.evaluate.scorecard import Scorecard
+from policypatch.evaluate.scorer import completion_nll
+from policypatch.files.atomic import read_json, write_json, write_jsonl, write_text
+from policypatch.files.cache import content_key, counters, entry, reset_counters
+from policypatch.model.backbone import PrefixBackbone
+from policypatch.model.base import Base, load_base
+from policypatch.model.completions import Completions, complete
+from policypatch.model.sampling import Sampling
+from policypatch.model.tree import Item
+from policypatch.patch import artifact, initialise
+from policypatch.patch.manifest import Manifest
+from policypatch.report.headline import headline
+from policypatch.report.run_report import write_report
+from policypatch.report.table import scorecard_table
+from policypatch.report.tracking import Tracker, open_tracker
+from policypatch.settings import check
+from policypatch.train.dpo_module import DPOModule, Preference
+from policypatch.train.reference import reference_logprobs
+from policypatch.train.sft_module import SFTModule
+from policypatch.train.stage import optimisation, run_stage
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("policypatch", "lightning", "torch", "transformers", "hydra-core", "peft", "torchmetrics", "datasets")
+
+
+def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> Scorecard:
+    """Make a patch and its scorecard in `folder`.
+
+    Called again on a folder that an interrupted run left, it takes up where that one stopped.
+
+    Args:
+        cfg: the composed config.
+        folder: the run folder; created.
+        overrides: the job's overrides in one line, the run's name in W&B.
+        arguments: the job's overrides one by one, for the record of the command.
+
+    Raises:
+        PolicyPatchError: in one sentence, before the expensive part wherever that is possible.
+    """
+    check(cfg)
+    started = datetime.now(UTC)
+    reset_counters()
+    resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    _claim_folder(folder, resolved)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    clock = Clock()
+    tracker = open_tracker(cfg.logger, folder, cfg.name, overrides, resolved)
+    status = 1
+    try:
+        with clock("load"):
+            base, risk, teacher = _load(cfg)
+        with clock("pairs"):
+            pair_set = _pairs(cfg, base, risk, teacher)
+            save_pairs(folder / "pairs.jsonl", pair_set.pairs)
+            items = [
+                encode_pair(p, base.encode, base.eos[0], cfg.data.max_prompt_tokens, cfg.data.max_completion_tokens)
+                for p in pair_set.pairs
+            ]
+        arms: dict[str, Tensor | None] = {"base": None}
+        backbone = PrefixBackbone(base.model, _initial_vectors(cfg, base), cfg.row_tokens)
+        if cfg.sft.enabled:
+            with clock("sft"):
+                arms["sft"] = _sft(cfg, backbone, items, folder, tracker)
+        if cfg.dpo.enabled:
+            with clock("dpo"):
+                arms["patch"] = _dpo(cfg, base, backbone, items, folder, tracker)
+        with clock("evaluate"):
+            made, rows = _evaluate(cfg, base, risk, teacher, arms, folder)
+            scorecard = Scorecard(rows)
+            scorecard.save(folder / "scorecard.json")
+        with clock("package"):
+            _package(cfg, base, arms, risk, pair_set, scorecard, resolved, started, folder)
+        write_json(folder / "run.json", _record(started, clock, pair_set, arguments))
+        write_report(folder)
+        tracker.finish_run(scorecard, made, folder)
+        status = 0
+    finally:
+        tracker.close(status)
+    _say(scorecard, folder)
+    return scorecard
+
+
+class Clock:
+    """Seconds of each part of the run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time a part and say that it started."""
+        log.info("%s ...", part)
+        start = time.monotonic()
+        yield
+        self.seconds[part] = round(time.monotonic() - start, 2)
+
+
+def _claim_folder(folder: Path, resolved: Any) -> None:
+    """Write config.yaml, or refuse a folder that holds a run of another configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    text = OmegaConf.to_yaml(OmegaConf.create(resolved))
+    if path.is_file() and path.read_text("utf-8") != text:
+        raise PolicyPatchError(f"{folder} holds a run of another configuration: choose another name=, or remove it")
+    write_text(path, text)
+
+
+def _load(cfg: DictConfig) -> tuple[Base, Any, Teacher]:
+    """Base, risk and teacher, and every check that needs them but no training."""
+    risk, teacher = instantiate(cfg.risk), instantiate(cfg.teacher)
+    _ = risk.evaluation_prompts, risk.training_prompts  # a missing file ends the run here
+    if cfg.dpo.enabled and cfg.dpo.reference == "teacher" and not teacher.has_likelihood:
+        raise PolicyPatchError(
+            f"dpo.reference=teacher needs a teacher with log-probabilities of its own, which {teacher.name} has not: "
+            "use dpo.reference=sft or base"
+        )
+    base = load_base(cfg.model)
+    longest = cfg.data.max_prompt_tokens + max(cfg.data.max_completion_tokens, cfg.evaluate.sampling.max_new_tokens)
+    if base.context is not None and cfg.patch.length + longest > base.context:
+        raise PolicyPatchError(
+            f"patch.length is {cfg.patch.length}: with prompts and completions of up to {longest} tokens it exceeds the "
+            f"context of {cfg.model.name} ({base.context}); shorten patch.length, data.max_prompt_tokens or "
+            "data.max_completion_tokens"
+        )
+    return base, risk, teacher
+
+
+def _pairs(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher) -> PairSet:
+    """The teacher's pairs, made once for everything they depend on."""
+    context = TeacherContext(base, risk.training_prompts, risk.judges, cfg.seed, cfg.decode_rows)
+    about = teacher.identity() | {
+        "base": asdict(base.identity),
+        "dtype": str(base.model.dtype),
+        "prompts": list(context.prompts),
+        "judges": {name: judge.fingerprint for name, judge in risk.judges.items() if name in teacher.filter_judges},
+        "seed": cfg.seed,
+    }
+
+    def build(target: Path) -> None:
+        made = teacher.pairs(context)
+        if not made.pairs:
+            raise PolicyPatchError(
+                f"no pair passed teacher.filter ({made.counts}): loosen its thresholds, raise teacher.n or give more prompts"
+            )
+        save_pairs(target / "pairs.jsonl", made.pairs)
+        write_json(target / "counts.json", made.counts)
+
+    cached = entry("pairs", content_key(**about), build, about={k: v for k, v in about.items() if k != "prompts"})
+    pair_set = PairSet.read(cached / "pairs.jsonl", cached / "counts.json")
+    log.info("%d pairs (%s)", len(pair_set.pairs), pair_set.counts)
+    return pair_set
+
+
+def _initial_vectors(cfg: DictConfig, base: Base) -> Tensor:
+    """The patch before training, by `init.kind`."""
+    length, init = cfg.patch.length, cfg.init
+    if init.kind == "text":
+        return initialise.from_text(base.embedding, base.encode(init.text), length)
+    if init.kind == "vocab":
+        return initialise.from_vocab(base.embedding, length, cfg.seed)
+    return initialise.from_random(base.embedding, length, cfg.seed, init.scale)
+
+
+def _sft(cfg: DictConfig, backbone: PrefixBackbone, items: list[Item], folder: Path, tracker: Tracker) -> Tensor:
+    """Stage 1; returns the patch after it."""
+    data = PairData(items, cfg.sft.batch_size, cfg.sft.steps, cfg.seed, 1, backbone.tree, None, cfg.data.held_out)
+    module = SFTModule(backbone, optimisation(cfg.sft))
+    run_stage(module, data, cfg.sft, cfg.trainer, folder, tracker.loggers("sft"))
+    return backbone.patch.detach().clone()
+
+
+def _dpo(
+    cfg: DictConfig, base: Base, backbone: PrefixBackbone, items: list[Item], folder: Path, tracker: Tracker
+) -> Tensor:
+    """Stage 2; returns the final patch."""
+    reference_patch = backbone.patch.detach()[:0] if cfg.dpo.reference == "base" else backbone.patch.detach().clone()
+    reference = reference_logprobs(base, reference_patch, items, cfg.row_tokens)
+    data = PairData(items, cfg.dpo.batch_size, cfg.dpo.steps, cfg.seed, 2, backbone.tree, reference, cfg.data.held_out)
+    preference = Preference(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.kl_weight, cfg.dpo.label_smoothing)
+    module = DPOModule(backbone, optimisation(cfg.dpo), preference)
+    run_stage(module, data, cfg.dpo, cfg.trainer, folder, tracker.loggers("dpo"))
+    return backbone.patch.detach().clone()
+
+
+def _evaluate(
+    cfg: DictConfig, base: Base, risk: Any, teacher: Teacher, arms: dict[str, Tensor | None], folder: Path
+) -> tuple[dict[str, Completions], list[Any]]:
+    """Sample, judge and measure every arm on the same prompts with the same random numbers."""
+    scorer = base if cfg.scorer.name == "base" else load_base(cfg.scorer, "scorer")
+    sampling = Sampling(**cfg.evaluate.sampling)
+    made: dict[str, Completions] = {}
+    measured: dict[str, list[Measured]] = {}
+    samples: list[dict[str, Any]] = []
+    prompt_scores = {name: judge.score(risk.evaluation_prompts) for name, judge in risk.judges.items()}
+    for arm, vectors in arms.items():
+        made[arm] = complete(
+            base, risk.evaluation_prompts, vectors, cfg.evaluate.k, sampling, cfg.evaluate.seed, cfg.decode_rows, arm
+        )
+        nll = completion_nll(scorer, made[arm], cfg.evaluate.ppl_samples)
+        measured[arm] = list(risk.measure(made[arm], nll, cfg.scorer.name))
+        samples += list(_sample_rows(arm, made[arm], risk, nll, prompt_scores))
+    write_jsonl(folder / "samples.jsonl", samples)
+    return made, rows_of(measured, risk.name, risk.split, teacher.filter_judges, risk.settings)
+
+
+def _sample_rows(
+    arm: str, made: Completions, risk: Any, nll: Any, prompt_scores: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    scores = {name: made.scores(judge) for name, judge in risk.judges.items()}
+    for i, prompt in enumerate(made.prompts):
+        for s, text in enumerate(made.texts[i]):
+            ppl = (
+                None if s >= nll.shape[1] or nll[i, s] != nll[i, s] else round(float(torch.tensor(nll[i, s]).exp()), 4)
+            )
+            yield {
+                "prompt_id": i,
+                "prompt": prompt,
+                "prompt_scores": {name: round(float(x[i]), 6) for name, x in prompt_scores.items()},
+                "arm": arm,
+                "sample": s,
+                "text": text,
+                "scores": {name: round(float(x[i, s]), 6) for name, x in scores.items()},
+                "ppl": ppl,
+                "tokens": len(made.tokens[i][s]),
+            }
+
+
+def _package(
+    cfg: DictConfig,
+    base: Base,
+    arms: dict[str, Tensor | None],
+    risk: Any,
+    pair_set: PairSet,
+    scorecard: Scorecard,
+    resolved: Any,
+    started: datetime,
+    folder: Path,
+) -> None:
+    """Write the artifact: the last trained arm's vectors and what is known of them."""
+    vectors = next(v for v in reversed(arms.values()) if v is not None).float().cpu()
+    manifest = Manifest(
+        name=cfg.patch.name.lower(),
+        version=cfg.patch.version,
+        risks=[risk.name],
+        length=vectors.shape[0],
+        width=vectors.shape[1],
+        base=base.identity,
+        sha256=artifact.digest(vectors),
+        created=started.isoformat(timespec="seconds"),
+        data_sha256=pair_set.sha256,
+        training={k: v for k, v in resolved.items() if k != "logger"},
+        scorecard=[asdict(row) for row in scorecard],
+        packages={name: version(name) for name in PACKAGES},
+    )
+    artifact.save(artifact.Patch(vectors, manifest), folder / "patch")
+
+
+def _record(started: datetime, clock: Clock, pair_set: PairSet, arguments: list[str]) -> dict[str, Any]:
+    return {
+        "started": started.isoformat(timespec="seconds"),
+        "command": " ".join(["python run.py", *arguments]),
+        "seconds": clock.seconds,
+        "versions": {name: version(name) for name in PACKAGES},
+        "pairs": pair_set.counts,
+        "cache": counters(),
+    }
+
+
+def _say(scorecard: Scorecard, folder: Path) -> None:
+    """The scorecard and where everything is, for whoever waited."""
+    console = Console()
+    rows = [asdict(row) for row in scorecard]
+    console.print(scorecard_table(rows))
+    console.print(headline(rows))
+    hits = read_json(folder / "run.json")["cache"]
+    console.print("cache: " + ", ".join(f"{k} {v['hits']} hit {v['misses']} made" for k, v in sorted(hits.items())))
+    console.print(f"run folder: {folder}", soft_wrap=True)

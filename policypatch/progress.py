@@ -1,0 +1,40 @@
+"""A progress bar with the time left on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 30.0
+
+
+@contextmanager
+def track(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how far `what` is; yields a function that is told how many more are done."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda n: progress.advance(task, n)
+        return
+    started = said = time.monotonic()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done, said
+        done += n
+        now = time.monotonic()
+        if now - said >= LINE_EVERY_S or done >= total:
+            left = (now - started) / done * (total - done)
+            log.info("%s: %d of %d, about %.0f s left", what, done, total, left)
+            said = now
+
+    yield advance

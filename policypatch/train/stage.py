@@ -1,0 +1,118 @@
+"""Running one stage: a Lightning Trainer around a StageModule, with checkpoints to resume from and metrics.csv."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+from rich.console import Console
+
+from policypatch.data.datamodule import PairData
+from policypatch.train.module import Optimisation, StageModule
+
+log = logging.getLogger(__name__)
+
+FIELDS = ("stage", "step", "metric", "value")
+
+
+class MetricsCsv(Callback):
+    """Append every logged figure to `metrics.csv` as (stage, step, metric, value)."""
+
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage = path, stage
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the file, or drop the rows that a resumed stage is about to write again."""
+        kept = []
+        if self.path.is_file():
+            with self.path.open(newline="") as f:
+                rows = list(csv.DictReader(f))
+            kept = [r for r in rows if r["stage"] != self.stage or int(r["step"]) <= trainer.global_step]
+        with self.path.open("w", newline="") as f:
+            writer = csv.DictWriter(f, FIELDS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """One row for each figure of the step."""
+        self._write(trainer, "train/")
+
+    def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """One row for each figure on the held-out pairs."""
+        if not trainer.sanity_checking:
+            self._write(trainer, "val/")
+
+    def _write(self, trainer: L.Trainer, split: str) -> None:
+        with self.path.open("a", newline="") as f:
+            for name, value in trainer.callback_metrics.items():
+                if name.startswith(split):
+                    csv.writer(f).writerow([self.stage, trainer.global_step, name, f"{value.item():.6g}"])
+
+
+def run_stage(
+    module: StageModule,
+    data: PairData,
+    cfg: DictConfig,
+    trainer_cfg: DictConfig,
+    folder: Path,
+    loggers: Sequence[Logger],
+) -> float:
+    """Train a stage to its end, from its last checkpoint where there is one.
+
+    Args:
+        module: the stage.
+        data: its pairs.
+        cfg: the stage's config (`conf/config.yaml`, `sft` or `dpo`).
+        trainer_cfg: `conf/trainer/*.yaml`.
+        folder: the run folder; checkpoints go to `checkpoints/STAGE/`, figures to `metrics.csv`.
+        loggers: what else is to hear of it.
+
+    Returns:
+        the step it ended at.
+    """
+    checkpoints = ModelCheckpoint(
+        dirpath=folder / "checkpoints" / module.stage,
+        save_last=True,
+        save_top_k=0,
+        every_n_train_steps=trainer_cfg.checkpoint_every,
+    )
+    callbacks: list[Callback] = [MetricsCsv(folder / "metrics.csv", module.stage), checkpoints]
+    if Console().is_terminal:
+        callbacks.append(RichProgressBar())
+    last = folder / "checkpoints" / module.stage / "last.ckpt"
+    trainer = L.Trainer(
+        accelerator=trainer_cfg.accelerator,
+        devices=trainer_cfg.devices,
+        max_steps=cfg.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=1,
+        gradient_clip_val=cfg.clip,
+        val_check_interval=None,
+        check_val_every_n_epoch=None,
+        limit_val_batches=0 if not data.validation else 1.0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        logger=list(loggers),
+        callbacks=callbacks,
+        enable_progress_bar=Console().is_terminal,
+        enable_model_summary=False,
+        deterministic=True,
+        default_root_dir=folder,
+    )
+    resume = last if last.is_file() else None
+    if resume:
+        log.info("%s resumes from %s", module.stage, last)
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    return trainer.global_step
+
+
+def optimisation(cfg: DictConfig) -> Optimisation:
+    """The part of a stage's config that says how its tensors move."""
+    return Optimisation(cfg.steps, cfg.lr, cfg.warmup, cfg.decay, cfg.weight_decay, tuple(cfg.betas))

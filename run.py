@@ -1,0 +1,48 @@
+"""Train, judge, package and report a patch:  python run.py [KEY=VALUE ...]  or a sweep:  python run.py -m KEY=A,B."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+CONF = Path(__file__).parent / "conf"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(cfg: DictConfig) -> None:
+    """One job: compose is done, the rest is policypatch.pipeline."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from policypatch.errors import PolicyPatchError
+    from policypatch.pipeline import run
+
+    hydra_cfg = HydraConfig.get()
+    try:
+        run(cfg, Path(hydra_cfg.runtime.output_dir), hydra_cfg.job.override_dirname, list(hydra_cfg.overrides.task))
+    except PolicyPatchError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+def refuse_what_cannot_run() -> None:
+    """Tell what is wrong with the command line in one sentence, before Hydra or a model is started."""
+    from policypatch.errors import PolicyPatchError
+    from policypatch.settings import check_overrides
+
+    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    if "--help" in sys.argv or "--cfg" in sys.argv or "-c" in sys.argv:
+        return
+    try:
+        with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            check_overrides(overrides)
+    except PolicyPatchError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    refuse_what_cannot_run()
+    main()
