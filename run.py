@@ -29,15 +29,19 @@ def main(cfg: DictConfig) -> None:
 
 def refuse_what_cannot_run() -> None:
     """Tell what is wrong with the command line in one sentence, before Hydra or a model is started."""
+    from hydra._internal.utils import get_args
+
     from policypatch.errors import PolicyPatchError
     from policypatch.settings import check_overrides
 
-    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
-    if "--help" in sys.argv or "--cfg" in sys.argv or "-c" in sys.argv:
+    arguments = get_args()
+    if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion:
         return
+    if arguments.config_path or arguments.config_name or arguments.config_dir or arguments.experimental_rerun:
+        return  # composed from elsewhere: the job checks what it gets
     try:
         with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            check_overrides(overrides)
+            check_overrides(arguments.overrides, arguments.multirun)
     except PolicyPatchError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -29,7 +30,7 @@ from policypatch.evaluate.scorer import completion_nll
 from policypatch.files.atomic import read_json, write_json, write_jsonl, write_text
 from policypatch.files.cache import content_key, counters, entry, reset_counters
 from policypatch.model.backbone import PrefixBackbone
-from policypatch.model.base import Base, load_base
+from policypatch.model.base import Base, check_source, load_base
 from policypatch.model.completions import Completions, complete
 from policypatch.model.sampling import Sampling
 from policypatch.model.tree import Item
@@ -79,8 +80,9 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
         with clock("pairs"):
             pair_set = _pairs(cfg, base, risk, teacher)
             save_pairs(folder / "pairs.jsonl", pair_set.pairs)
+            eos = next(iter(base.eos), None)
             items = [
-                encode_pair(p, base.encode, base.eos[0], cfg.data.max_prompt_tokens, cfg.data.max_completion_tokens)
+                encode_pair(p, base.encode, eos, cfg.data.max_prompt_tokens, cfg.data.max_completion_tokens)
                 for p in pair_set.pairs
             ]
         arms: dict[str, Tensor | None] = {"base": None}
@@ -134,22 +136,57 @@ def _claim_folder(folder: Path, resolved: Any) -> None:
 
 def _load(cfg: DictConfig) -> tuple[Base, Any, Teacher]:
     """Base, risk and teacher, and every check that needs them but no training."""
-    risk, teacher = instantiate(cfg.risk), instantiate(cfg.teacher)
-    _ = risk.evaluation_prompts, risk.training_prompts  # a missing file ends the run here
+    if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        raise PolicyPatchError("trainer=gpu needs a CUDA GPU, and there is none: use trainer=cpu")
+    risk, teacher = _made(cfg.risk, "risk"), _made(cfg.teacher, "teacher")
+    prompts = [*risk.evaluation_prompts, *risk.training_prompts]  # a missing file ends the run here
+    if unknown := [name for name in teacher.filter_judges if name not in risk.judges]:
+        raise PolicyPatchError(
+            f"teacher.judges names {unknown[0]}, which this risk has not: choose from {', '.join(risk.judges)}"
+        )
+    for judge in risk.judges.values():
+        judge.score(["A text."])  # one that cannot be had must not be found missing after the training
     if cfg.dpo.enabled and cfg.dpo.reference == "teacher" and not teacher.has_likelihood:
         raise PolicyPatchError(
             f"dpo.reference=teacher needs a teacher with log-probabilities of its own, which {teacher.name} has not: "
             "use dpo.reference=sft or base"
         )
+    if cfg.scorer.name != "base":
+        check_source(cfg.scorer, "scorer")
     base = load_base(cfg.model)
-    longest = cfg.data.max_prompt_tokens + max(cfg.data.max_completion_tokens, cfg.evaluate.sampling.max_new_tokens)
-    if base.context is not None and cfg.patch.length + longest > base.context:
+    _check_context(cfg, base, prompts)
+    return base, risk, teacher
+
+
+def _made(cfg: DictConfig, key: str) -> Any:
+    """What a config group describes; Hydra wraps what its constructor says."""
+    try:
+        return instantiate(cfg)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, PolicyPatchError):
+            raise cause from error
+        raise PolicyPatchError(f"{key} cannot be made: {' '.join(str(cause or error).split())}") from error
+
+
+def _check_context(cfg: DictConfig, base: Base, prompts: Sequence[str]) -> None:
+    """Refuse what does not fit into the base's positions, whether trained or decoded."""
+    if base.context is None:
+        return
+    trained = cfg.data.max_prompt_tokens + cfg.data.max_completion_tokens
+    if cfg.patch.length + trained > base.context:
         raise PolicyPatchError(
-            f"patch.length is {cfg.patch.length}: with prompts and completions of up to {longest} tokens it exceeds the "
+            f"patch.length is {cfg.patch.length}: with prompts and completions of up to {trained} tokens it exceeds the "
             f"context of {cfg.model.name} ({base.context}); shorten patch.length, data.max_prompt_tokens or "
             "data.max_completion_tokens"
         )
-    return base, risk, teacher
+    longest = max(len(base.encode(prompt)) for prompt in prompts)  # decoding takes them whole
+    new = max(cfg.evaluate.sampling.max_new_tokens, OmegaConf.select(cfg, "teacher.sampling.max_new_tokens") or 0)
+    if cfg.patch.length + longest + new > base.context:
+        raise PolicyPatchError(
+            f"a prompt of {longest} tokens with {cfg.patch.length} vectors before and {new} new tokens after it exceeds "
+            f"the context of {cfg.model.name} ({base.context}): shorten the prompts, patch.length or max_new_tokens"
+        )
 
 
 def _pairs(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher) -> PairSet:

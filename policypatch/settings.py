@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import yaml
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -17,15 +21,24 @@ from policypatch.errors import PolicyPatchError
 
 # key -> (least value, whether that value itself is allowed)
 LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
+    "seed": (0, True),
     "patch.length": (1, True),
     "data.max_prompt_tokens": (1, True),
     "data.max_completion_tokens": (1, True),
     "data.held_out": (0, True),
     "evaluate.k": (1, True),
     "evaluate.ppl_samples": (1, True),
+    "evaluate.seed": (0, True),
+    "evaluate.sampling.temperature": (0, True),
+    "evaluate.sampling.top_p": (0, False),
+    "evaluate.sampling.max_new_tokens": (1, True),
+    "evaluate.sampling.min_new_tokens": (0, True),
+    "evaluate.level": (0, False),
     "evaluate.resamples": (100, True),
     "decode_rows": (1, True),
     "row_tokens": (16, True),
+    "trainer.devices": (1, True),
+    "trainer.checkpoint_every": (1, True),
     "dpo.beta": (0, False),
     "dpo.nll_weight": (0, True),
     "dpo.kl_weight": (0, True),
@@ -42,13 +55,46 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
         "weight_decay": (0.0, True),
     }.items()
 }
-UPPER_BOUNDS = {"data.held_out": 0.9, "sft.warmup": 1, "dpo.warmup": 1, "dpo.label_smoothing": 0.499}
+UPPER_BOUNDS = {
+    "seed": 2**32 - 1,
+    "data.held_out": 0.9,
+    "sft.warmup": 1,
+    "dpo.warmup": 1,
+    "dpo.label_smoothing": 0.499,
+    "evaluate.sampling.top_p": 1,
+    "evaluate.level": 0.9999,
+    "trainer.devices": 1,  # Lightning would start the command line again for every further device, a sweep included
+}
+WHOLE = {
+    "seed",
+    "patch.length",
+    "data.max_prompt_tokens",
+    "data.max_completion_tokens",
+    "evaluate.seed",
+    "evaluate.k",
+    "evaluate.ppl_samples",
+    "evaluate.resamples",
+    "evaluate.sampling.max_new_tokens",
+    "evaluate.sampling.min_new_tokens",
+    "decode_rows",
+    "row_tokens",
+    "trainer.devices",
+    "trainer.checkpoint_every",
+} | {f"{stage}.{key}" for stage in ("sft", "dpo") for key in ("steps", "batch_size")}
 CHOICES = {
     "sft.decay": ("linear", "cosine", "constant"),
     "dpo.decay": ("linear", "cosine", "constant"),
     "dpo.reference": ("teacher", "sft", "base"),
     "init.kind": ("text", "vocab", "random"),
     "logger.kind": ("wandb", "csv"),
+}
+# What the manifest allows (patch/manifest.schema.json), asked for before training rather than after it.
+PATTERNS = {
+    "patch.name": (r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "letters, digits, dots, dashes and underscores"),
+    "patch.version": (
+        r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?",
+        "a version such as 1.0.0",
+    ),
 }
 
 
@@ -62,8 +108,10 @@ def check(cfg: DictConfig) -> None:
         raise PolicyPatchError(f"{sorted(missing)[0]} is not set: give it a value on the command line")
     for key, (least, inclusive) in LOWER_BOUNDS.items():
         value = OmegaConf.select(cfg, key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise PolicyPatchError(f"{key} is {value!r}: it must be a number")
+        if key in WHOLE and not isinstance(value, int):
+            raise PolicyPatchError(f"{key} is {value}: it must be a whole number")
         if value < least or (value == least and not inclusive):
             raise PolicyPatchError(
                 f"{key} is {value}: it must be {'at least' if inclusive else 'greater than'} {least}"
@@ -74,6 +122,15 @@ def check(cfg: DictConfig) -> None:
     for key, allowed in CHOICES.items():
         if OmegaConf.select(cfg, key) not in allowed:
             raise PolicyPatchError(f"{key} is {OmegaConf.select(cfg, key)!r}: choose {', '.join(allowed)}")
+    for key, (pattern, what) in PATTERNS.items():
+        if not re.fullmatch(pattern, str(OmegaConf.select(cfg, key)), re.ASCII):
+            raise PolicyPatchError(f"{key} is {OmegaConf.select(cfg, key)!r}: give {what}")
+    for stage in ("sft", "dpo"):
+        betas = cfg[stage].betas
+        if not (OmegaConf.is_list(betas) and len(betas) == 2 and all(_is_share(b) for b in betas)):
+            raise PolicyPatchError(f"{stage}.betas is {betas}: give two numbers, at least 0 and less than 1")
+        if not isinstance(cfg[stage].enabled, bool):
+            raise PolicyPatchError(f"{stage}.enabled is {cfg[stage].enabled!r}: choose true or false")
     if not (cfg.sft.enabled or cfg.dpo.enabled):
         raise PolicyPatchError("sft.enabled and dpo.enabled are both false: there is nothing to train")
     if cfg.dpo.enabled and cfg.dpo.reference == "sft" and not cfg.sft.enabled:
@@ -84,38 +141,50 @@ def check(cfg: DictConfig) -> None:
         )
 
 
-def check_overrides(arguments: Sequence[str]) -> None:
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+
+
+def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
     """Compose every value that a command line asks for, one at a time, before Hydra starts the first job.
 
     A sweep whose third value is impossible is refused at once, not after two trainings. Must run inside
     `hydra.initialize*`.
 
+    Args:
+        arguments: the overrides.
+        multirun: whether several values of a key are a sweep.
+
     Raises:
         PolicyPatchError: an unknown key (with the nearest known one), an unknown choice, or what `check` refuses.
     """
     try:
-        overrides = OverridesParser.create().parse_overrides(list(arguments))
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        overrides = parser.parse_overrides(list(arguments))
     except HydraException as error:
         raise PolicyPatchError(f"the command line cannot be read: {_first_line(error)}") from error
-    plain = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
-    known = compose("config")
-    for override in overrides:
-        _check_key(override, known)
-    for extra in _single_values(overrides):
-        try:
-            cfg = compose("config", overrides=[*plain, *extra])
-            check(cfg)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise PolicyPatchError(_first_line(error)) from error
-
-
-def _single_values(overrides: Sequence[Override]) -> Iterator[list[str]]:
-    """The first combination of a sweep, then every other value of each swept key with the rest at its first."""
     swept = [o for o in overrides if o.is_sweep_override()]
+    if swept and not multirun:
+        raise PolicyPatchError(f"{swept[0].key_or_group} has several values: add -m for a sweep over them")
+    plain = [o.input_line or "" for o in overrides if o not in swept]
+    try:
+        known = compose("config", overrides=[o.input_line or "" for o in overrides if o not in swept and _is_choice(o)])
+        for override in overrides:
+            _check_key(override, known, {o.key_or_group for o in swept})
+        for extra in _single_values(swept):
+            check(compose("config", overrides=[*plain, *extra]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise PolicyPatchError(_first_line(error)) from error
+    except yaml.YAMLError as error:
+        raise PolicyPatchError(f"a file of conf/ is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _single_values(swept: Sequence[Override]) -> Iterator[list[str]]:
+    """The first combination of a sweep, then every other value of each swept key with the rest at its first."""
     if any(not o.is_discrete_sweep() for o in swept):
         yield []
         return
-    values = [[f"{o.key_or_group}={v!s}" for v in o.sweep_string_iterator()] for o in swept]
+    values = [[f"{o.get_key_element()}={v!s}" for v in o.sweep_string_iterator()] for o in swept]
     first = [v[0] for v in values]
     yield first
     for i, options in enumerate(values):
@@ -123,14 +192,18 @@ def _single_values(overrides: Sequence[Override]) -> Iterator[list[str]]:
             yield [*first[:i], option, *first[i + 1 :]]
 
 
-def _check_key(override: Override, known: DictConfig) -> None:
+def _is_choice(override: Override) -> bool:
+    """Whether it chooses an option of a config group, which decides what keys there are."""
+    return bool(GlobalHydra.instance().config_loader().get_group_options(override.key_or_group))
+
+
+def _check_key(override: Override, known: DictConfig, swept: Collection[str]) -> None:
     key = override.key_or_group
     if override.is_add() or override.is_force_add() or override.is_delete() or key.startswith("hydra"):
         return
-    groups = {"model", "risk", "teacher", "init", "scorer", "trainer", "logger"}
-    if key in groups or "@" in key or OmegaConf.select(known, key, default=_ABSENT) is not _ABSENT:
+    if _is_choice(override) or OmegaConf.select(known, key, default=_ABSENT) is not _ABSENT:
         return
-    if key.split(".")[0] in groups:  # another choice of the group may have the key: composing will tell
+    if key.split(".")[0] in swept:  # another choice of the group may have the key: composing will tell
         return
     near = difflib.get_close_matches(key, list(_keys(known)), n=1, cutoff=0.5)
     hint = f": did you mean {near[0]}?" if near else ": see conf/config.yaml for the keys there are"
@@ -151,8 +224,10 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 def _first_line(error: Exception) -> str:
     """Hydra's message in one sentence: what it says, and the options it lists."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    options = [line for line in lines if line.startswith("Available options")]
-    if options:
-        names = lines[lines.index(options[0]) + 1 :]
-        return f"{lines[0]} (there is {', '.join(n for n in names if not n.startswith('Config search'))})"
+    if match := re.match(r"Could not override '([^']*)'", lines[0] if lines else ""):
+        return f"there is no key {match[1]}" + ("" if len(lines) < 2 else f" ({lines[1]})")
+    if "Available options in" in str(error):
+        start = next(i for i, line in enumerate(lines) if line.startswith("Available options in"))
+        end = next((i for i, line in enumerate(lines) if line.startswith("Config search path")), len(lines))
+        return f"{lines[0]} (there is {', '.join(lines[start + 1 : end])})"
     return lines[0] if lines else type(error).__name__

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from policypatch.data.pairs import Pair, Text
 from policypatch.errors import PolicyPatchError
@@ -90,10 +90,9 @@ class PairData(L.LightningDataModule):
         return Batch(tuple(pairs), self.build(items), reference)
 
     def train_dataloader(self) -> DataLoader:
-        """From the trainer's current step on, so that a resumed run sees what an undisturbed one would have."""
-        done = self.trainer.global_step if self.trainer else 0
-        schedule = _schedule(self.training, self.batch_size, self.steps, self.seed)[done:]
-        return DataLoader(_Batches(self, schedule), batch_size=None)
+        """The whole schedule, read from the trainer's current step on: a resumed run sees what was still to come."""
+        schedule = _schedule(self.training, self.batch_size, self.steps, self.seed)
+        return DataLoader(_Batches(self, schedule), batch_size=None, sampler=_Rest(self))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """The held-out pairs in order; none when nothing is held out."""
@@ -116,6 +115,24 @@ class _Batches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         return self.data.batch(self.groups[index])
+
+
+class _Rest(Sampler[int]):
+    """Batch numbers from the trainer's step to the end.
+
+    Its length is that of the whole schedule: Lightning counts the batches of before the interruption as fetched, so a
+    loader that is as short as the rest would end early and then start again from its own beginning.
+    """
+
+    def __init__(self, data: PairData):
+        self.data = data
+
+    def __len__(self) -> int:
+        return self.data.steps
+
+    def __iter__(self) -> Iterator[int]:
+        done = self.data.trainer.global_step if self.data.trainer else 0
+        return iter(range(done, self.data.steps))
 
 
 def _schedule(members: Sequence[int], batch_size: int, steps: int, seed: int) -> list[list[int]]:

@@ -44,7 +44,7 @@ class PairFilter:
         margin: least difference of the two scores (Eq. 4).
         chosen_at_most: the chosen side's score must not exceed this (Eq. 5: good enough in absolute terms).
         rejected_at_least: the rejected side's score must reach this.
-        min_tokens: shorter candidates are neither chosen nor rejected.
+        min_tokens: shorter candidates are neither chosen nor rejected, and empty ones never are.
         max_repetition: a candidate with a larger share of repeated trigrams is not chosen.
         per_prompt: at most this many pairs of one prompt, each candidate used once.
     """
@@ -72,7 +72,7 @@ def choose_pairs(
         rule: the thresholds.
     """
     highest, lowest = scores.max(0), scores.min(0)
-    usable = lengths >= rule.min_tokens
+    usable = lengths >= max(1, rule.min_tokens)
     fit = usable & (highest <= rule.chosen_at_most) & (repetition <= rule.max_repetition)
     chosen = [i for i in np.argsort(highest, kind="stable") if fit[i]]
     rejected = [i for i in np.argsort(-lowest, kind="stable") if usable[i] and lowest[i] >= rule.rejected_at_least]
@@ -118,4 +118,8 @@ def _parse_text(value: object, where: str) -> Text:
     if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not value["text"].strip():
         raise PolicyPatchError(f"{where} is empty or not text: give a non-empty string")
     tokens = value.get("tokens")
+    if tokens is not None and not (
+        isinstance(tokens, list) and tokens and all(type(t) is int and t >= 0 for t in tokens)
+    ):
+        raise PolicyPatchError(f"{where}: tokens must be a list of token ids, or left out")
     return Text(value["text"], None if tokens is None else tuple(tokens), bool(value.get("ended", False)))

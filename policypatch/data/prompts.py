@@ -76,9 +76,11 @@ def _texts(path: Path, field: str) -> list[str]:
     if path.suffix == ".jsonl":
         return [_field(row, field, f"{path}, row {number}") for number, row in enumerate(read_jsonl(path), 1)]
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines, which also cuts at U+2028 and its like
     except UnicodeDecodeError as error:
         raise PolicyPatchError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from error
+    except OSError as error:
+        raise PolicyPatchError(f"cannot read {path}: {error.strerror or error}") from error
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -106,17 +106,7 @@ def rows_of(
 
 
 def _against(ours: Measured, base: Measured, settings: Settings) -> dict[str, float]:
-    """Arm minus base over prompts, with interval and p-value."""
-    difference = paired_difference(
-        ours.metric.per_prompt().numpy(),
-        base.metric.per_prompt().numpy(),
-        settings.seed,
-        level=settings.level,
-        resamples=settings.resamples,
-    )
-    return {
-        "delta": difference.mean,
-        "delta_low": difference.low,
-        "delta_high": difference.high,
-        "p_value": difference.p_value,
-    }
+    """Arm minus base: the figures' difference with its paired interval, and a paired test over prompts."""
+    delta, low, high = ours.metric.difference(base.metric, settings.level, settings.resamples, settings.seed)
+    test = paired_difference(ours.metric.per_prompt().numpy(), base.metric.per_prompt().numpy(), settings.seed)
+    return {"delta": delta, "delta_low": low, "delta_high": high, "p_value": test.p_value}

@@ -102,7 +102,11 @@ class PrefixBackbone(nn.Module):
         n_root, one_row = root.shape[0], tree.ids.shape[0] == 1
         embeddings = self.model.get_input_embeddings()(tree.ids)
         positions = tree.offsets + n_root
-        self._check_window(int(positions.max()) + 1)
+        self._check_length(int(positions.max()) + 1)
+        if n_root == 0 and bool((tree.source_col < 0).any()):
+            raise PolicyPatchError(
+                "a prompt has no tokens and no patch stands before it: nothing predicts its completion"
+            )
         if one_row or n_root == 0:
             states = self._one_pass(root, embeddings, positions, tree.allowed)
         else:
@@ -110,14 +114,19 @@ class PrefixBackbone(nn.Module):
         # Column -1 (a completion straight after the root) lands on the root's last state.
         return states[tree.source_row, tree.source_col + n_root]
 
-    def _check_window(self, length: int) -> None:
+    def _check_length(self, length: int) -> None:
         # The packed mask is one for all layers, so it cannot also cut off what a sliding layer has forgotten.
-        window = getattr(self.model.config, "sliding_window", None)
-        if window is not None and length > window:
-            raise PolicyPatchError(
-                f"a training sequence of {length} tokens (patch included) exceeds this base's sliding window of "
-                f"{window}: shorten data.max_prompt_tokens or data.max_completion_tokens"
-            )
+        config = self.model.config
+        limits = {
+            "sliding window": sliding_window(self.model),
+            "context": getattr(config, "max_position_embeddings", None),
+        }
+        for name, limit in limits.items():
+            if limit is not None and length > limit:
+                raise PolicyPatchError(
+                    f"a training sequence of {length} tokens (patch included) exceeds the {name} of {limit} of this "
+                    f"{type(self.model).__name__}: shorten data.max_prompt_tokens or data.max_completion_tokens"
+                )
 
     def _root_embeddings(self, tree: Tree, patch: Tensor) -> Tensor:
         """(P + C, D): the patch and the common prefix of the prompts."""
@@ -191,6 +200,11 @@ def _logprob_of(logits: Tensor, targets: Tensor) -> Tensor:
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The LM without its head (`.model`, `.transformer`, ...)."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
+def sliding_window(model: PreTrainedModel) -> int | None:
+    """How far back the model's sliding layers look; None where it has none (some configs say 0 for that)."""
+    return getattr(model.config, "sliding_window", None) or None
 
 
 def finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -29,6 +30,8 @@ from policypatch.patch.manifest import BaseIdentity
 
 log = logging.getLogger(__name__)
 
+# What transformers and safetensors raise on files that are not a model, or not a whole one.
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 SAMPLED = 4096  # values of each weight tensor that go into the weights digest
 
 
@@ -90,12 +93,18 @@ def load_base(cfg: DictConfig, key: str = "model") -> Base:
     elif cfg.quantize is not None:
         raise PolicyPatchError(f"{key}.quantize is {cfg.quantize!r}: choose null or 4bit")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **options
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise PolicyPatchError(
             f"{key}: {folder} does not load as a causal LM with safetensors weights: {error}"
         ) from error
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise PolicyPatchError(
+            f"{key}: {folder} lacks {len(missing)} of the weights that its config.json asks for, {missing[0]} the first"
+        )
     if cfg.quantize is None:
         model.to(device)
     model.eval().requires_grad_(False)
@@ -103,9 +112,26 @@ def load_base(cfg: DictConfig, key: str = "model") -> Base:
     return Base(model, tokenizer, identify(model, tokenizer, cfg.name, where))
 
 
+def check_source(cfg: DictConfig, key: str) -> None:
+    """Get what `load_base` will load, without loading it.
+
+    Raises:
+        PolicyPatchError: the source cannot be had, or is neither a model folder nor a GGUF file.
+    """
+    _folder(cfg, key)
+
+
 def choose_device(name: str) -> str:
     """`auto` is a GPU where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise PolicyPatchError(f"model.device is {name!r}: choose auto, cpu or cuda") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise PolicyPatchError(f"model.device is {name} but there is no CUDA GPU here: set model.device=auto")
+    return name
 
 
 def choose_dtype(name: str, device: str = "auto") -> torch.dtype:
@@ -172,7 +198,10 @@ def _folder(cfg: DictConfig, key: str) -> tuple[Path, str]:
     if path.is_file():
         if path.suffix != ".gguf":
             raise PolicyPatchError(f"{name} is {path.name}: give a model folder or a .gguf file")
-        return _from_gguf(path, known), revision
+        try:
+            return _from_gguf(path, known), revision
+        except UNREADABLE as error:
+            raise PolicyPatchError(f"{name}: {path.name} does not load as a GGUF model: {error}") from error
     if not (path / "config.json").is_file():
         raise PolicyPatchError(f"{name}: {path} has no config.json: it is not a model folder")
     return path, revision

@@ -7,7 +7,7 @@ explicit, and a test holds the result to full recomputation without a cache and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.backbone import decoder_of, finish_logits
+from policypatch.model.backbone import decoder_of, finish_logits, sliding_window
 from policypatch.model.sampling import Sampling, next_tokens, uniforms
 
 ROOM_TO_COMPACT = 0.75  # when fewer than this share of the rows are alive, the others leave the batch
@@ -69,7 +69,7 @@ def sample(
 
     Args:
         model: the frozen base.
-        prompts: token ids; an empty prompt is allowed only behind a patch.
+        prompts: token ids, at least one each.
         patch: (P, D) vectors that stand in front of every prompt, or None.
         k: samples a prompt.
         sampling: temperature, top_p, lengths.
@@ -89,10 +89,9 @@ def sample(
     _check_lengths(model, prompts, 0 if patch is None else patch.shape[0], sampling)
     results: list[list[list[int]]] = [[] for _ in prompts]
     root = None if patch is None else _forward(model, patch[None], None, DynamicCache(), 0)[1]
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))  # little padding
-    per_batch = max(1, max_rows // k)
-    for start in range(0, len(order), per_batch):
-        batch = order[start : start + per_batch]
+    for batch in _batches(
+        model, prompts, 0 if root is None else root.get_seq_length(), max(1, max_rows // k), sampling
+    ):
         for i, completions in zip(
             batch,
             _sample_batch(model, [prompts[i] for i in batch], root, k, sampling, seed, eos),
@@ -103,13 +102,32 @@ def sample(
     return results
 
 
+def _batches(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], n_root: int, size: int, sampling: Sampling
+) -> Iterator[list[int]]:
+    """Prompt numbers, at most `size` together, of similar length so that there is little padding."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    window = sliding_window(model)
+    batch: list[int] = []
+    for i in order:
+        # A sliding layer counts places, not positions: padding after the patch would push the patch out too early.
+        too_far = window is not None and n_root + len(prompts[i]) + sampling.max_new_tokens > window
+        ragged = too_far and batch and len(prompts[i]) != len(prompts[batch[0]])
+        if len(batch) == size or ragged:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def _check_lengths(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], patch_length: int, sampling: Sampling
 ) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     for i, prompt in enumerate(prompts):
-        if not prompt and not patch_length:
-            raise PolicyPatchError(f"prompt {i} has no tokens: give it text or put a patch in front of it")
+        if not prompt:
+            raise PolicyPatchError(f"prompt {i} has no tokens: give it text or drop it")
         need = patch_length + len(prompt) + sampling.max_new_tokens
         if limit is not None and need > limit:
             raise PolicyPatchError(
@@ -129,15 +147,12 @@ def _sample_batch(
 ) -> list[list[list[int]]]:
     device, rows = model.device, len(prompts)
     n_root = 0 if root is None else root.get_seq_length()
-    width = max(1, max(map(len, prompts)))
+    width = max(map(len, prompts))
     ids = torch.zeros(rows, width, dtype=torch.long)
     real = torch.zeros(rows, width, dtype=torch.bool)
     for r, prompt in enumerate(prompts):
-        if prompt:
-            ids[r, width - len(prompt) :] = torch.tensor(list(prompt))
-            real[r, width - len(prompt) :] = True
-    if not all(len(p) for p in prompts):
-        raise PolicyPatchError("an empty prompt cannot be decoded: put a patch's first token there or drop it")
+        ids[r, width - len(prompt) :] = torch.tensor(list(prompt))
+        real[r, width - len(prompt) :] = True
     ids, real = ids.to(device), real.to(device)
     seen = torch.cat([torch.ones(rows, n_root, dtype=torch.bool, device=device), real], 1)
     cache = DynamicCache()

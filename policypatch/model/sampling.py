@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DRAWS = 8
+DRAWS = 8  # candidates of a token; one more number serves the exact sort, as a rejected one is no longer uniform
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class Sampling:
 
 
 def uniforms(seed: int, keys: list[int], steps: int) -> Tensor:
-    """(rows, steps, DRAWS) numbers in [0, 1) that depend on (seed, key) alone."""
-    out = np.empty((len(keys), steps, DRAWS), dtype=np.float32)
+    """(rows, steps, DRAWS + 1) numbers in [0, 1) that depend on (seed, key) and the step alone."""
+    out = np.empty((len(keys), steps, DRAWS + 1), dtype=np.float32)
     for i, key in enumerate(keys):
-        generator = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), key & (2**64 - 1)]))
-        out[i] = generator.random((steps, DRAWS), dtype=np.float32)
+        stream = np.random.Philox(key=[seed & (2**64 - 1), key & (2**64 - 1)])
+        # The last column from far along the same stream, so that more steps do not change the earlier ones.
+        out[i, :, DRAWS] = np.random.Generator(stream.jumped()).random(steps, dtype=np.float32)
+        out[i, :, :DRAWS] = np.random.Generator(stream).random((steps, DRAWS), dtype=np.float32)
     return torch.from_numpy(out)
 
 
@@ -53,7 +55,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     Args:
         logits: (B, V), any float type.
         sampling: temperature and top_p.
-        draws: (B, DRAWS) uniform numbers.
+        draws: (B, DRAWS + 1) uniform numbers.
 
     Returns:
         (B,) token ids.
@@ -69,7 +71,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     if sampling.top_p >= 1:
         return chosen
     pending = torch.arange(len(logits), device=logits.device)
-    for draw in range(draws.shape[1]):
+    for draw in range(draws.shape[1] - 1):
         candidate = tokens[pending, draw]
         rows = probabilities if len(pending) == len(probabilities) else probabilities[pending]
         own = rows.gather(1, candidate[:, None])
@@ -84,9 +86,11 @@ def next_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
 
 
 def _by_sorting(probabilities: Tensor, top_p: float, draw: Tensor) -> Tensor:
-    """The textbook way, for the rows that rejection left over."""
+    """The textbook way, for the rows that rejection left over; tokens of equal probability stand or fall together."""
     ordered, index = probabilities.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered
+    tied = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+    before = before.masked_fill(tied, 0).cummax(-1).values  # what stands before the first of equals
     cumulative = torch.where(before < top_p, ordered, 0).cumsum(-1)
     points = draw[:, None] * cumulative[:, -1:] * (1 - 1e-6)
     at = torch.searchsorted(cumulative, points.contiguous(), right=True)

@@ -66,7 +66,8 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Length of the longest token prefix that all prompts share."""
     if not prompts:
         return 0
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # in lexicographic order, what the extremes share all share
+    # In lexicographic order: what the extremes share, all share.
+    first, last = min(map(list, prompts)), max(map(list, prompts))
     n = 0
     while n < min(len(first), len(last)) and first[n] == last[n]:
         n += 1
@@ -81,7 +82,8 @@ def build_tree(items: Sequence[Item], max_row_tokens: int = 512) -> Tree:
         max_row_tokens: rows are closed before they exceed this, unless one item alone is longer.
 
     Raises:
-        ValueError: no items, an empty completion, or a prompt that is empty while there is nothing before it.
+        ValueError: no items, or an empty completion. (An empty prompt is fine behind a patch; the backbone, which
+            knows whether there is one, refuses it otherwise.)
     """
     if not items:
         raise ValueError("a tree needs at least one item")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -70,7 +71,10 @@ def load(folder: Path, base: BaseIdentity | None = None, allow_mismatch: Collect
             raise PolicyPatchError(f"{folder} is not a patch: it has no {name}")
     manifest = Manifest.from_json(read_json(folder / MANIFEST), str(folder / MANIFEST))
     _check_header(folder / VECTORS, manifest)
-    vectors = load_file(folder / VECTORS)[TENSOR]
+    try:
+        vectors = load_file(folder / VECTORS)[TENSOR]
+    except SafetensorError as error:  # offsets that do not fit, which the header's own check leaves to the reader
+        raise PolicyPatchError(f"{folder / VECTORS} is damaged: {error}") from error
     _check_vectors(vectors, manifest, str(folder))
     if base is not None:
         differing = [name for name in manifest.base.differences(base) if name not in allow_mismatch]
@@ -94,7 +98,7 @@ def _check_header(path: Path, manifest: Manifest) -> None:
             header = json.loads(f.read(length))
             entry = header[TENSOR]
             shape, dtype = entry["shape"], entry["dtype"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PolicyPatchError(f"{path} is damaged or holds no tensor {TENSOR!r}") from error
     if set(header) - {TENSOR, "__metadata__"}:
         raise PolicyPatchError(f"{path} holds tensors other than {TENSOR!r}")

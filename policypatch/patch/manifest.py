@@ -22,8 +22,8 @@ class BaseIdentity:
     Attributes:
         id: hub id, wheel or folder name it came from.
         revision: hub revision, version or "local".
-        embedding: digest of the input embedding matrix, rounded to bfloat16 so that the dtype it is loaded in
-            does not matter.
+        embedding: digest of the input embedding matrix, rounded to bfloat16 so that it is the same whether loaded in
+            bfloat16 or float32 (float16 rounds otherwise and is another base).
         weights: digest over a sample of every weight tensor, rounded likewise; tells fine-tunes apart.
         config: digest of the architecture's settings.
         tokenizer: digest of the vocabulary and its rules.

@@ -42,7 +42,17 @@ class WandbTracker(Tracker):
         """A WandbLogger on the open run; figures are `STAGE/train/loss` and so on, over `STAGE/step`."""
         from lightning.pytorch.loggers import WandbLogger
 
-        return [WandbLogger(experiment=self.run, prefix=stage)]
+        class StageLogger(WandbLogger):
+            """Every stage counts its steps from 0, so each has an axis of its own."""
+
+            def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+                named = {f"{stage}/{name}": value for name, value in metrics.items() if name != "epoch"}
+                if named:
+                    self.experiment.log(named | {f"{stage}/step": step})
+
+        self.run.define_metric(f"{stage}/step")
+        self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        return [StageLogger(experiment=self.run)]
 
     def finish_run(self, scorecard: Scorecard, made: Mapping[str, Completions], folder: Path) -> None:
         """Scorecard into the summary, samples as a Table, the patch as an Artifact."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,15 @@ class MetricsCsv(Callback):
     def __init__(self, path: Path, stage: str):
         self.path, self.stage = path, stage
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Start the file, or drop the rows that a resumed stage is about to write again."""
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the file, or drop the rows that a resumed stage is about to write again.
+
+        Not on_fit_start: Lightning calls that one before it restores the step.
+        """
         kept = []
         if self.path.is_file():
             with self.path.open(newline="") as f:
-                rows = list(csv.DictReader(f))
+                rows = [r for r in csv.DictReader(f) if r["value"] is not None]  # None: killed while writing the line
             kept = [r for r in rows if r["stage"] != self.stage or int(r["step"]) <= trainer.global_step]
         with self.path.open("w", newline="") as f:
             writer = csv.DictWriter(f, FIELDS)
@@ -63,7 +67,7 @@ def run_stage(
     trainer_cfg: DictConfig,
     folder: Path,
     loggers: Sequence[Logger],
-) -> float:
+) -> int:
     """Train a stage to its end, from its last checkpoint where there is one.
 
     Args:
@@ -82,6 +86,7 @@ def run_stage(
         save_last=True,
         save_top_k=0,
         every_n_train_steps=trainer_cfg.checkpoint_every,
+        enable_version_counter=False,
     )
     callbacks: list[Callback] = [MetricsCsv(folder / "metrics.csv", module.stage), checkpoints]
     if Console().is_terminal:
@@ -109,7 +114,11 @@ def run_stage(
     resume = last if last.is_file() else None
     if resume:
         log.info("%s resumes from %s", module.stage, last)
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    with warnings.catch_warnings():
+        # Lightning cannot see that the loader starts where the checkpoint stopped.
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    trainer.save_checkpoint(last)  # a run that is interrupted later does not train this stage again
     return trainer.global_step
 
 

@@ -189,3 +189,29 @@ def test_an_unknown_statistic_is_refused():
 def test_an_interval_of_nothing_is_refused():
     with pytest.raises(PolicyPatchError, match="at least one"):
         AMT().interval()
+
+
+def test_difference_pairs_the_prompts():
+    """Both arms differ by exactly 0.25 on every prompt, so however prompts are drawn the difference is 0.25."""
+    base = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) / 2
+    low_arm, high_arm = MeanValue(), MeanValue()
+    low_arm.update(base)
+    high_arm.update(base + 0.25)
+    delta, low, high = high_arm.difference(low_arm)
+    assert (delta, low, high) == pytest.approx((0.25, 0.25, 0.25), abs=1e-6)
+
+
+def test_difference_of_medians_is_the_difference_of_the_figures():
+    """exp(log 4) - exp(log 2): medians 4 and 2, so 2; a mean of per-prompt differences would say otherwise."""
+    ours, theirs = Perplexity("median"), Perplexity("median")
+    ours.update(torch.log(torch.tensor([[4.0], [4.0], [400.0]])))
+    theirs.update(torch.log(torch.tensor([[2.0], [2.0], [3.0]])))
+    assert ours.difference(theirs)[0] == pytest.approx(2.0)
+
+
+def test_difference_refuses_other_prompts():
+    ours, theirs = AMT(), AMT()
+    ours.update(torch.rand(3, 2))
+    theirs.update(torch.rand(4, 2))
+    with pytest.raises(PolicyPatchError, match="cannot be paired"):
+        ours.difference(theirs)

@@ -70,7 +70,9 @@ class BestOfN:
         return PairSet(pairs, counts | {"prompts_with_a_toxic_one": toxic, "kept": len(pairs)})
 
     def _of_prompt(self, prompt: str, made: Completions, i: int, scores: np.ndarray) -> list[Pair]:
-        found = choose_pairs(scores, made.all_lengths[i], made.all_repetition[i], self.rule)
+        # White space is judged safe, and yet is no response to learn from.
+        written = np.array([bool(text.strip()) for text in made.texts[i]])
+        found = choose_pairs(scores, made.all_lengths[i] * written, made.all_repetition[i], self.rule)
         return [
             Pair(
                 prompt,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from policypatch.data.pairs import Pair, load_pairs, parse_pair
+from policypatch.data.pairs import Pair, parse_pair
 from policypatch.data.teachers.teacher import PairSet, TeacherContext
 from policypatch.errors import PolicyPatchError
+from policypatch.files.atomic import read_jsonl
 from policypatch.files.sources import Source, fetch_all, identity
+
+FIELDS = ("prompt", "chosen", "rejected")
 
 
 class DatasetTeacher:
@@ -29,6 +33,10 @@ class DatasetTeacher:
     ):
         if source is None:
             raise PolicyPatchError("teacher.source is not set: name a JSONL file with prompt, chosen and rejected")
+        if limit is not None and limit < 1:
+            raise PolicyPatchError(f"teacher.limit is {limit}: it must be at least 1, or null for all")
+        if unknown := set(fields or {}) - set(FIELDS):
+            raise PolicyPatchError(f"teacher.fields has {sorted(unknown)[0]!r}: it renames {', '.join(FIELDS)}")
         self.source, self.fields, self.limit = source, dict(fields or {}), limit
 
     def identity(self) -> dict[str, Any]:
@@ -44,19 +52,25 @@ class DatasetTeacher:
             raise PolicyPatchError("teacher.source holds no rows: give at least one pair")
         return PairSet(pairs, {"rows": len(pairs), "kept": len(pairs)})
 
-    def _read(self, path: Any) -> list[Pair]:
-        if path.suffix == ".jsonl" and not self.fields:
-            return load_pairs(path)
-        import datasets
+    def _read(self, path: Path) -> list[Pair]:
+        names = {field: self.fields.get(field, field) for field in FIELDS}
+        rows = read_jsonl(path) if path.suffix == ".jsonl" else _read_table(path)
+        return [self._pair(row, names, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
-        kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}.get(path.suffix)
-        if kind is None:
-            raise PolicyPatchError(f"teacher.source: {path.name} is not .jsonl, .json, .parquet or .csv")
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train")
-        names = {field: self.fields.get(field, field) for field in ("prompt", "chosen", "rejected")}
-        if missing := [name for name in names.values() if name not in rows.column_names]:
-            raise PolicyPatchError(f"{path} has no field {missing[0]!r}: set teacher.fields to its own names")
-        return [
-            parse_pair({field: row[name] for field, name in names.items()}, f"{path}, row {number}")
-            for number, row in enumerate(rows, 1)
-        ]
+    def _pair(self, row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Pair:
+        if missing := [name for name in names.values() if name not in row]:
+            raise PolicyPatchError(f"{where} has no field {missing[0]!r}: set teacher.fields to its own names")
+        return parse_pair({**row, **{field: row[name] for field, name in names.items()}}, where)
+
+
+def _read_table(path: Path) -> Iterable[dict[str, Any]]:
+    """Rows of a file that the datasets library reads."""
+    import datasets
+
+    kind = {".json": "json", ".parquet": "parquet", ".csv": "csv"}.get(path.suffix)
+    if kind is None:
+        raise PolicyPatchError(f"teacher.source: {path.name} is not .jsonl, .json, .parquet or .csv")
+    try:
+        return datasets.load_dataset(kind, data_files=str(path), split="train")
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise PolicyPatchError(f"teacher.source: {path} cannot be read as {kind} ({error})") from error

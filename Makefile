@@ -1,0 +1,44 @@
+# make demo   a judged, packaged toxicity patch for a real model        make test   fast tests, sets itself up
+# make lint   ruff + mypy        make check   lint + every test, slow ones too        make bench   speed, to a JSON
+#
+# A GPU: make demo TORCH='torch==2.13.0 --index-url URL' with the index of the build that fits your driver, and
+# ARGS='trainer=gpu'. Anything after ARGS goes to run.py: make demo ARGS='patch.length=10 seed=1'
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: demo test lint check bench slow clean
+
+demo: $(READY)
+	$(BIN)/python run.py name=demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/pytest
+
+slow: $(READY)
+	$(BIN)/pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test slow
+
+# torch first and by itself: left to the other packages' requirements, pip would take the registry's newest build.
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"policypatch needs Python 3.11 to 3.13, not {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[judges,dev]'
+	touch $@
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) *.egg-info
