@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -139,22 +139,18 @@ def _load(cfg: DictConfig) -> tuple[Base, Any, Teacher]:
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise PolicyPatchError("trainer=gpu needs a CUDA GPU, and there is none: use trainer=cpu")
     risk, teacher = _made(cfg.risk, "risk"), _made(cfg.teacher, "teacher")
-    prompts = [*risk.evaluation_prompts, *risk.training_prompts]  # a missing file ends the run here
-    if unknown := [name for name in teacher.filter_judges if name not in risk.judges]:
-        raise PolicyPatchError(
-            f"teacher.judges names {unknown[0]}, which this risk has not: choose from {', '.join(risk.judges)}"
-        )
-    for judge in risk.judges.values():
-        judge.score(["A text."])  # one that cannot be had must not be found missing after the training
     if cfg.dpo.enabled and cfg.dpo.reference == "teacher" and not teacher.has_likelihood:
         raise PolicyPatchError(
             f"dpo.reference=teacher needs a teacher with log-probabilities of its own, which {teacher.name} has not: "
             "use dpo.reference=sft or base"
         )
+    _ = risk.evaluation_prompts, risk.training_prompts  # a missing file ends the run here
+    for judge in risk.judges.values():
+        judge.score(["A text."])  # one that cannot be had must not be found missing after the training
     if cfg.scorer.name != "base":
         check_source(cfg.scorer, "scorer")
     base = load_base(cfg.model)
-    _check_context(cfg, base, prompts)
+    _check_context(cfg, base, risk)
     return base, risk, teacher
 
 
@@ -169,24 +165,27 @@ def _made(cfg: DictConfig, key: str) -> Any:
         raise PolicyPatchError(f"{key} cannot be made: {' '.join(str(cause or error).split())}") from error
 
 
-def _check_context(cfg: DictConfig, base: Base, prompts: Sequence[str]) -> None:
+def _check_context(cfg: DictConfig, base: Base, risk: Any) -> None:
     """Refuse what does not fit into the base's positions, whether trained or decoded."""
     if base.context is None:
         return
     trained = cfg.data.max_prompt_tokens + cfg.data.max_completion_tokens
     if cfg.patch.length + trained > base.context:
         raise PolicyPatchError(
-            f"patch.length is {cfg.patch.length}: with prompts and completions of up to {trained} tokens it exceeds the "
-            f"context of {cfg.model.name} ({base.context}); shorten patch.length, data.max_prompt_tokens or "
+            f"patch.length is {cfg.patch.length}: with prompts and completions of up to {trained} tokens it exceeds "
+            f"the context of {cfg.model.name} ({base.context}); shorten patch.length, data.max_prompt_tokens or "
             "data.max_completion_tokens"
         )
-    longest = max(len(base.encode(prompt)) for prompt in prompts)  # decoding takes them whole
-    new = max(cfg.evaluate.sampling.max_new_tokens, OmegaConf.select(cfg, "teacher.sampling.max_new_tokens") or 0)
-    if cfg.patch.length + longest + new > base.context:
-        raise PolicyPatchError(
-            f"a prompt of {longest} tokens with {cfg.patch.length} vectors before and {new} new tokens after it exceeds "
-            f"the context of {cfg.model.name} ({base.context}): shorten the prompts, patch.length or max_new_tokens"
-        )
+    decoded = [("risk.evaluation", risk.evaluation_prompts, cfg.patch.length, cfg.evaluate.sampling.max_new_tokens)]
+    if new := OmegaConf.select(cfg, "teacher.sampling.max_new_tokens"):
+        decoded.append(("risk.train", risk.training_prompts, 0, new))
+    for key, prompts, vectors, new in decoded:
+        longest = max(len(base.encode(prompt)) for prompt in prompts)
+        if vectors + longest + new > base.context:
+            raise PolicyPatchError(
+                f"{key} has a prompt of {longest} tokens: with {vectors} vectors before and {new} new tokens after it "
+                f"exceeds the context of {cfg.model.name} ({base.context}); shorten prompts, patch or max_new_tokens"
+            )
 
 
 def _pairs(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher) -> PairSet:
@@ -204,7 +203,8 @@ def _pairs(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher) -> PairSet:
         made = teacher.pairs(context)
         if not made.pairs:
             raise PolicyPatchError(
-                f"no pair passed teacher.filter ({made.counts}): loosen its thresholds, raise teacher.n or give more prompts"
+                f"no pair passed teacher.filter ({made.counts}): loosen its thresholds, raise teacher.n or give more "
+                "prompts"
             )
         save_pairs(target / "pairs.jsonl", made.pairs)
         write_json(target / "counts.json", made.counts)

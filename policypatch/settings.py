@@ -201,11 +201,12 @@ def _check_key(override: Override, known: DictConfig, swept: Collection[str]) ->
     key = override.key_or_group
     if override.is_add() or override.is_force_add() or override.is_delete() or key.startswith("hydra"):
         return
-    if _is_choice(override) or OmegaConf.select(known, key, default=_ABSENT) is not _ABSENT:
+    names = list(_keys(known))  # with those that have no value yet, which select would not find
+    if _is_choice(override) or key in names or OmegaConf.select(known, key, default=_ABSENT) is not _ABSENT:
         return
     if key.split(".")[0] in swept:  # another choice of the group may have the key: composing will tell
         return
-    near = difflib.get_close_matches(key, list(_keys(known)), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f": did you mean {near[0]}?" if near else ": see conf/config.yaml for the keys there are"
     raise PolicyPatchError(f"there is no key {key}{hint}")
 
@@ -214,7 +215,7 @@ _ABSENT: Any = object()
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
-    for name in cfg:
+    for name in map(str, cfg):
         yield f"{prefix}{name}"
         node = None if OmegaConf.is_missing(cfg, name) else cfg._get_node(name)
         if isinstance(node, DictConfig) and not node._is_none():

@@ -45,13 +45,15 @@ class Base:
 
     @property
     def embedding(self) -> Tensor:
-        """(V, D) input embeddings."""
-        return self.model.get_input_embeddings().weight
+        """(V, D) what the tokens are embedded as."""
+        module = self.model.get_input_embeddings()
+        scale = getattr(module, "embed_scale", None)  # Gemma 3 multiplies inside the embedding, so a patch must as well
+        return module.weight if scale is None else module.weight * torch.as_tensor(scale).to(module.weight)
 
     @property
     def width(self) -> int:
         """Width of the embeddings."""
-        return self.embedding.shape[1]
+        return self.model.get_input_embeddings().weight.shape[1]
 
     @property
     def context(self) -> int | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DRAWS = 8  # candidates of a token; one more number serves the exact sort, as a rejected one is no longer uniform
@@ -42,7 +43,8 @@ def uniforms(seed: int, keys: list[int], steps: int) -> Tensor:
     """(rows, steps, DRAWS + 1) numbers in [0, 1) that depend on (seed, key) and the step alone."""
     out = np.empty((len(keys), steps, DRAWS + 1), dtype=np.float32)
     for i, key in enumerate(keys):
-        stream = np.random.Philox(key=[seed & (2**64 - 1), key & (2**64 - 1)])
+        # As uint64: a list with one number above 2^63 would become float64 and lose the key's last 11 bits.
+        stream = np.random.Philox(key=np.array([seed % 2**64, key % 2**64], dtype=np.uint64))
         # The last column from far along the same stream, so that more steps do not change the earlier ones.
         out[i, :, DRAWS] = np.random.Generator(stream.jumped()).random(steps, dtype=np.float32)
         out[i, :, :DRAWS] = np.random.Generator(stream).random((steps, DRAWS), dtype=np.float32)
@@ -62,7 +64,8 @@ def next_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / sampling.temperature, -1)
+    warm = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
+    probabilities = torch.softmax(warm, -1)
     cumulative = probabilities.cumsum(-1)
     # The sum is not exactly 1 in float32: draw within what it is, so that no index falls off the end.
     points = draws * cumulative[:, -1:] * (1 - 1e-6)
@@ -74,15 +77,22 @@ def next_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     for draw in range(draws.shape[1] - 1):
         candidate = tokens[pending, draw]
         rows = probabilities if len(pending) == len(probabilities) else probabilities[pending]
-        own = rows.gather(1, candidate[:, None])
-        above = torch.where(rows > own, rows, 0).sum(-1)
-        kept = above < sampling.top_p
+        kept = _mass_above(rows, rows.gather(1, candidate[:, None])) < sampling.top_p
         chosen[pending[kept]] = candidate[kept]
         pending = pending[~kept]
         if not len(pending):
             return chosen
     chosen[pending] = _by_sorting(probabilities[pending], sampling.top_p, draws[pending, -1])
     return chosen
+
+
+def _mass_above(probabilities: Tensor, own: Tensor) -> Tensor:
+    """(B,) probability of all tokens more probable than the row's `own` (B, 1)."""
+    if probabilities.device.type == "cpu":
+        # Row by row stays in the core's cache: 7 ms where the whole (128, 49,152) at once takes 40.
+        rows = zip(probabilities, own[:, 0].tolist(), strict=True)
+        return torch.stack([F.threshold(row, least, 0.0).sum() for row, least in rows])
+    return torch.where(probabilities > own, probabilities, 0).sum(-1)
 
 
 def _by_sorting(probabilities: Tensor, top_p: float, draw: Tensor) -> Tensor:

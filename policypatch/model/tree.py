@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ class Tree:
 
     def to(self, device: torch.device) -> Tree:
         """The same tree with its tensors on `device`."""
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     @property
     def tokens(self) -> int:
@@ -79,7 +81,7 @@ def build_tree(items: Sequence[Item], max_row_tokens: int = 512) -> Tree:
 
     Args:
         items: prompts with one completion (SFT) or two (DPO: chosen, rejected); completions are not empty.
-        max_row_tokens: rows are closed before they exceed this, unless one item alone is longer.
+        max_row_tokens: rows are closed before they exceed this, or the longest item where that alone is longer.
 
     Raises:
         ValueError: no items, or an empty completion. (An empty prompt is fine behind a patch; the backbone, which
@@ -152,6 +154,7 @@ def _place(
 
 def _fill_rows(sizes: Sequence[int], limit: int) -> list[list[int]]:
     """Put items into rows of at most `limit` tokens: longest first, each into the emptiest row (even rows)."""
+    limit = max(limit, *sizes)  # every row is padded to the longest anyway
     count = max(1, -(-sum(sizes) // limit))
     while True:
         rows: list[list[int]] = [[] for _ in range(count)]

@@ -42,4 +42,4 @@ def from_random(embedding: Tensor, length: int, seed: int, scale: float = 1.0) -
     """Normal noise with `scale` times the embeddings' standard deviation: (length, D)."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(length, embedding.shape[1], generator=generator)
-    return (noise * embedding.float().std().cpu() * scale).to(embedding.device)
+    return (noise * embedding.detach().float().std().cpu() * scale).to(embedding.device)

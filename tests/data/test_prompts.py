@@ -1,0 +1,134 @@
+"""Prompts from files: which part of a text, which texts, and what is said of a file that cannot be read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from policypatch.data.prompts import PromptSet, normalise
+from policypatch.errors import PolicyPatchError
+
+
+@pytest.fixture
+def text_file(tmp_path: Path):
+    def write(*lines: str, name: str = "prompts.txt") -> str:
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def rows_file(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def test_text_files_hold_one_prompt_a_line(text_file):
+    assert PromptSet(text_file("  one ", "", "two three", "   ")).load("risk.train") == ["one", "two three"]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path: Path):
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert PromptSet(str(tmp_path / "p.txt")).load("k") == ["one", "two"]
+
+
+def test_a_line_separator_inside_a_text_does_not_cut_it(text_file):
+    assert PromptSet(text_file("one\u2028still one")).load("k") == ["one\u2028still one"]
+
+
+def test_rows_have_their_text_in_a_named_field(tmp_path: Path):
+    source = rows_file(tmp_path / "p.jsonl", {"prompt": "one", "text": "no"}, {"prompt": "two"})
+    assert PromptSet(source, field="prompt").load("k") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("text", "half"),
+    [("one", "one"), ("one two", "one"), ("one two three", "one"), ("a  b\tc d e", "a b"), ("a b c d e f", "a b c")],
+)
+def test_first_half_is_half_of_the_words_rounded_down_at_least_one(text_file, text: str, half: str):
+    assert PromptSet(text_file(text), take="first_half").load("k") == [half]
+
+
+def test_equal_prompts_stand_once_where_they_came_first(text_file):
+    assert PromptSet(text_file("b", "a", "b", "c", "a")).load("k") == ["b", "a", "c"]
+    source = text_file("one two three four", "one two five six")
+    assert PromptSet(source, take="first_half").load("k") == ["one two"]
+
+
+def test_texts_of_the_evaluation_set_are_left_out_by_their_full_text(text_file):
+    """Case, punctuation and spaces do not tell texts apart, and the whole text decides, not its half."""
+    source = text_file("The cat, sat on THE mat!", "The cat sat somewhere else today")
+    prompts = PromptSet(source, take="first_half").load("k", without=["the cat sat on the mat"])
+    assert prompts == ["The cat sat"]
+
+
+def test_a_half_that_is_itself_an_evaluation_prompt_is_left_out(text_file):
+    source = text_file("one two three four", "five six seven eight")
+    assert PromptSet(source, take="first_half").load("k", without=["One two."]) == ["five six"]
+
+
+def test_normalise_keeps_letters_and_digits_of_any_script():
+    assert normalise("  Ça, c'est   2 €! ") == "ça c est 2"
+
+
+def test_limit_is_a_draw_that_the_seed_fixes_and_keeps_the_order(text_file):
+    source = text_file(*(f"p{i:03d}" for i in range(100)))
+    one = PromptSet(source, limit=10, seed=1).load("k")
+    assert one == PromptSet(source, limit=10, seed=1).load("k") == sorted(one)
+    assert len(set(one)) == 10
+    assert one != PromptSet(source, limit=10, seed=2).load("k")
+    assert len(PromptSet(source, limit=1000).load("k")) == 100
+
+
+def test_limit_counts_distinct_prompts(text_file):
+    assert len(PromptSet(text_file("a", "a", "a", "b", "c"), limit=3).load("k")) == 3
+
+
+def test_several_files_are_read_in_the_order_of_their_names(text_file, tmp_path: Path):
+    text_file("late", name="b.txt")
+    text_file("early", name="a.txt")
+    assert PromptSet(str(tmp_path / "*.txt")).load("k") == ["early", "late"]
+
+
+def refuses(prompts: PromptSet, *words: str, without: tuple[str, ...] = ()) -> None:
+    with pytest.raises(PolicyPatchError) as caught:
+        prompts.load("risk.train", without)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_file_names_the_key(tmp_path: Path):
+    refuses(PromptSet("/nope.jsonl"), "risk.train.source", "/nope.jsonl")
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path):
+    (tmp_path / "p.txt").write_bytes(b"good\n\xff\xfe bad\n")
+    refuses(PromptSet(str(tmp_path / "p.txt")), "p.txt", "UTF-8")
+    (tmp_path / "p.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n')
+    refuses(PromptSet(str(tmp_path / "p.jsonl")), "p.jsonl, row 2", "UTF-8")
+
+
+@pytest.mark.parametrize("row", [{"body": "x"}, {"text": ""}, {"text": "  "}, {"text": None}, {"text": 3}])
+def test_a_row_without_text_is_named(tmp_path: Path, row: dict):
+    source = rows_file(tmp_path / "p.jsonl", {"text": "good"}, row)
+    refuses(PromptSet(source), "p.jsonl, row 2", "'text'")
+
+
+def test_an_empty_file(text_file, tmp_path: Path):
+    refuses(PromptSet(text_file()), "risk.train", "no prompts")
+    (tmp_path / "p.jsonl").touch()
+    refuses(PromptSet(str(tmp_path / "p.jsonl")), "p.jsonl", "empty")
+
+
+def test_a_folder_is_no_prompt_file(tmp_path: Path):
+    refuses(PromptSet(str(tmp_path)), str(tmp_path))
+
+
+def test_nothing_left_beside_the_evaluation_set(text_file):
+    refuses(PromptSet(text_file("one")), "evaluation set", without=("One",))
+
+
+def test_values_that_no_config_may_have(text_file):
+    refuses(PromptSet(text_file("one"), take="half"), "risk.train.take", "first_half")
+    refuses(PromptSet(text_file("one"), limit=0), "risk.train.limit is 0")

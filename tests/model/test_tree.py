@@ -1,0 +1,114 @@
+"""The packing, by hand: what stands where, and who sees whom."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policypatch.model.tree import Item, build_tree, common_prefix
+
+# Common prefix (7,). Item 0 adds a prompt of 2 and completions of 2 and 1 token, item 1 a prompt of 1 and 1 token.
+ITEMS = [Item((7, 1, 2), ((3, 4), (5,))), Item((7, 9), ((6,),))]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "length"),
+    [
+        ([], 0),
+        ([[1, 2, 3]], 3),
+        ([[1, 2, 3], [1, 2, 4], [1, 2]], 2),
+        ([[1, 2], [1, 2]], 2),
+        ([[1, 2], [3, 2]], 0),
+        ([[], [1]], 0),
+        ([[9, 1], [10, 1]], 0),  # as numbers, not as text
+    ],
+)
+def test_common_prefix(prompts, length):
+    assert common_prefix(prompts) == length
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=5))
+def test_common_prefix_is_shared_and_cannot_be_longer(prompts):
+    n = common_prefix(prompts)
+    assert len({tuple(p[:n]) for p in prompts}) == 1
+    assert any(len(p) == n for p in prompts) or len({p[n] for p in prompts}) > 1
+
+
+def test_one_row_by_hand():
+    tree = build_tree(ITEMS)
+    assert tree.root.tolist() == [7]
+    # prompt 1 2 | chosen 3 4 | rejected 5 | prompt 9 | completion 6
+    assert tree.ids.tolist() == [[1, 2, 3, 4, 5, 9, 6]]
+    # Both completions of item 0 continue at offset 2; item 1 starts again at 0.
+    assert tree.offsets.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    sees = [
+        [1, 0, 0, 0, 0, 0, 0],  # 1
+        [1, 1, 0, 0, 0, 0, 0],  # 2
+        [1, 1, 1, 0, 0, 0, 0],  # 3: the prompt and itself
+        [1, 1, 1, 1, 0, 0, 0],  # 4
+        [1, 1, 0, 0, 1, 0, 0],  # 5: the prompt and itself, not its sibling 3 4
+        [0, 0, 0, 0, 0, 1, 0],  # 9: nothing of item 0
+        [0, 0, 0, 0, 0, 1, 1],  # 6
+    ]
+    assert tree.allowed.int().tolist() == [sees]
+    assert tree.targets.tolist() == [3, 4, 5, 6]
+    assert tree.sequence.tolist() == [0, 0, 1, 2]
+    assert tree.sequences == 3
+    assert tree.source_row.tolist() == [0, 0, 0, 0]
+    # 3 and 5 are predicted where the prompt ends (column 1), 4 by 3 (column 2), 6 by 9 (column 5).
+    assert tree.source_col.tolist() == [1, 2, 1, 5]
+    assert tree.tokens == 1 + 7
+
+
+def test_two_rows_by_hand():
+    tree = build_tree(ITEMS, max_row_tokens=5)  # item 0 has 5 tokens behind the root, item 1 has 2
+    assert tree.ids.tolist() == [[1, 2, 3, 4, 5], [9, 6, 0, 0, 0]]
+    assert tree.offsets.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    padding = [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]  # sees itself alone
+    assert tree.allowed[1].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], *padding]
+    assert tree.targets.tolist() == [3, 4, 5, 6]
+    assert tree.source_row.tolist() == [0, 0, 0, 1]
+    assert tree.source_col.tolist() == [1, 2, 1, 0]
+
+
+def test_prompt_that_is_all_root_points_at_the_roots_last_state():
+    tree = build_tree([Item((7, 8), ((1, 2), (3,)))])
+    assert tree.root.tolist() == [7, 8]
+    assert tree.ids.tolist() == [[1, 2, 3]]
+    assert tree.source_col.tolist() == [-1, 0, -1]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9),
+    st.integers(1, 40),
+)
+def test_rows_hold_every_item_once_within_the_limit(lengths, limit):
+    # Different first tokens, so nothing is shared and the sizes are what stands here.
+    items = [Item((i + 1,) * p, ((100 + i,) * c,)) for i, (p, c) in enumerate(lengths)]
+    tree = build_tree(items, limit)
+    shared = lengths[0][0] if len(items) == 1 else 0
+    sizes = [p - shared + c for p, c in lengths]
+    assert tree.ids.shape[1] <= max(limit, *sizes)
+    assert sorted(tree.ids[tree.ids > 0].tolist()) == sorted(
+        t for i in items for t in (*i.prompt[shared:], *i.completions[0])
+    )
+    assert tree.targets.tolist() == [t for i in items for t in i.completions[0]]
+
+
+def test_one_long_item_does_not_give_every_other_a_row_of_its_own():
+    items = [Item((1,), ((2,) * 20,))] + [Item((3, i), ((4,),)) for i in range(10)]  # 21 and 10 x 3 tokens
+    assert build_tree(items, 8).ids.shape == (3, 21)  # 51 tokens in rows of 21
+
+
+@pytest.mark.parametrize(
+    ("items", "message"), [([], "at least one"), ([Item((1,), ((2,), ()))], "completion has no tokens")]
+)
+def test_refuses(items, message):
+    with pytest.raises(ValueError, match=message):
+        build_tree(items)
+
+
+def test_to_moves_every_tensor():
+    tree = build_tree(ITEMS).to(torch.device("meta"))
+    assert {v.device.type for v in vars(tree).values() if isinstance(v, torch.Tensor)} == {"meta"}
+    assert tree.sequences == 3

@@ -1,0 +1,105 @@
+"""The manifest's schema and its dataclass say the same, and the card tells the manifest in words."""
+
+import json
+from dataclasses import MISSING, fields
+from importlib.resources import files
+
+import jsonschema
+import pytest
+import torch
+
+from policypatch.errors import PolicyPatchError
+from policypatch.model.decode import sample
+from policypatch.model.sampling import Sampling
+from policypatch.patch.artifact import save
+from policypatch.patch.card import model_card
+from policypatch.patch.manifest import FORMAT, BaseIdentity, Manifest, Parent
+
+SCHEMA = json.loads(files("policypatch.patch").joinpath("manifest.schema.json").read_text("utf-8"))
+
+
+def names(cls: type) -> list[str]:
+    return sorted(f.name for f in fields(cls))
+
+
+@pytest.mark.parametrize(
+    ("cls", "schema"),
+    [
+        (Manifest, SCHEMA),
+        (BaseIdentity, SCHEMA["properties"]["base"]),
+        (Parent, SCHEMA["properties"]["parents"]["items"]),
+    ],
+)
+def test_schema_and_dataclass_agree(cls, schema):
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert sorted(schema["properties"]) == names(cls)
+    assert sorted(schema["required"]) == names(cls)
+    assert schema["additionalProperties"] is False
+
+
+def test_schema_is_of_this_format():
+    assert SCHEMA["properties"]["format"]["const"] == FORMAT
+    defaults = {f.name: f.default for f in fields(Manifest) if f.default is not MISSING}
+    assert SCHEMA["properties"]["placement"]["const"] == defaults["placement"]
+
+
+def test_there_and_back_through_json(make_patch):
+    manifest = make_patch().manifest
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json())), "here") == manifest
+
+
+def test_optional_parts_may_be_empty(make_patch):
+    manifest = make_patch(data_sha256=None, parents=[], training={}, scorecard=[], packages={}).manifest
+    assert Manifest.from_json(manifest.to_json(), "here") == manifest
+
+
+def test_what_is_written_is_checked(make_patch):
+    with pytest.raises(PolicyPatchError, match="the manifest: version is not valid"):
+        make_patch(version="one").manifest.to_json()
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "1.2.3-rc.1", "1.2.3+build.5", "10.20.30-a+b"])
+def test_semantic_versions(make_patch, version):
+    make_patch(version=version).manifest.to_json()
+
+
+def test_differences_name_digests_alone(identity):
+    other = BaseIdentity("elsewhere", "v2", identity.embedding, "f" * 64, identity.config, "f" * 64, "f" * 64)
+    assert identity.differences(other) == ["weights", "tokenizer", "chat_template"]
+    assert identity.differences(identity) == []
+
+
+def test_card(make_patch):
+    card = model_card(make_patch().manifest)
+    assert card.startswith("# toxicity-tiny 1.2.0\n")
+    assert "5 vectors (width 64, 320 numbers)" in card
+    assert "at positions 0 to 4" in card
+    table = [line for line in card.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 3
+    assert len({line.count("|") for line in table}) == 1  # as many cells in every row
+    assert "| patch | test | amt | svm | 0.25 | 0.125 to 0.375 | 100 |" in table
+    assert "lstm (filtered the training pairs)" in table[3]
+    start = card.index("|---")
+    assert "\n\n" not in card[start : start + sum(len(line) + 1 for line in table[1:])]  # no gap ends the table early
+    assert "{{" not in card and "{%" not in card
+
+
+def test_card_without_figures(make_patch):
+    card = model_card(make_patch(scorecard=[]).manifest)
+    assert "Nothing was measured" in card
+    assert "|" not in card
+
+
+def test_the_cards_own_snippet_runs(make_patch, tiny_llama, tmp_path):
+    patch = make_patch()
+    folder = save(patch, tmp_path / "patch")
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("this/folder", str(folder))
+    # Greedy and endless, to be compared; the snippet leaves both to the reader.
+    tiny_llama.generation_config.eos_token_id = None
+    tiny_llama.generation_config.max_new_tokens = 8
+    code = code.replace("model.generate(", "out = model.generate(do_sample=False, ")
+    scope = {"model": tiny_llama, "input_ids": torch.tensor([[5, 6, 7]])}
+    exec(code, scope)
+    expected = sample(tiny_llama, [[5, 6, 7]], patch.vectors, 1, Sampling(temperature=0, max_new_tokens=8))
+    assert scope["out"].tolist() == expected[0]

@@ -1,0 +1,262 @@
+"""Whole runs on a tiny base: what a run folder holds, what repeats exactly, what is made once, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_run import DROP, composed, overrides
+
+from policypatch.errors import PolicyPatchError
+from policypatch.evaluate.scorecard import Scorecard
+from policypatch.files.atomic import read_jsonl
+from policypatch.patch import artifact
+from policypatch.pipeline import run
+from policypatch.report.run_report import write_report
+
+METRICS = {
+    ("amt", "svm"),
+    ("toxic_rate", "svm"),
+    ("amt", "other"),
+    ("toxic_rate", "other"),
+    ("ppl_median", "base"),
+    ("ppl_mean", "base"),
+    ("trigram_overlap", None),
+    ("completion_tokens", None),
+}
+
+
+@pytest.fixture
+def go(tiny_base_folder: Path, tmp_path: Path):
+    """Run in a folder below tmp_path; keyword arguments are changes of `tiny_run.overrides`."""
+
+    def start(name: str = "run", /, **changes) -> Scorecard:
+        arguments = overrides(tiny_base_folder, tmp_path, **changes)
+        return run(composed(arguments), tmp_path / name, "patch.length=3", arguments)
+
+    return start
+
+
+def refused(go, *words: str, folder: Path, **changes) -> None:
+    """In one sentence, and with nothing trained."""
+    with pytest.raises(PolicyPatchError) as caught:
+        go(**changes)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+    assert not list(folder.rglob("*.ckpt"))
+    assert not (folder / "run" / "patch").exists()
+
+
+def test_a_run_leaves_everything_it_promises(go, tiny_base, tmp_path: Path):
+    card = go()
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "metrics.csv",
+        "pairs.jsonl",
+        "patch",
+        "report.html",
+        "run.json",
+        "samples.jsonl",
+        "scorecard.json",
+    }
+
+    text = (folder / "config.yaml").read_text()
+    assert "${" not in text
+    assert yaml.safe_load(text)["patch"]["length"] == 3
+
+    patch = artifact.load(folder / "patch", tiny_base.identity)
+    assert patch.vectors.shape == (3, tiny_base.width)
+    assert patch.manifest.training["dpo"]["beta"] > 0
+    assert [row["metric"] for row in patch.manifest.scorecard] == [row.metric for row in card]
+    checkpoint = torch.load(folder / "checkpoints" / "dpo" / "last.ckpt", weights_only=True)
+    assert torch.equal(patch.vectors, checkpoint["state_dict"]["backbone.patch"])
+
+    assert Scorecard.load(folder / "scorecard.json") == card
+    for arm in ("base", "sft", "patch"):
+        rows = [row for row in card if row.arm == arm]
+        assert {(row.metric, row.judge) for row in rows} == METRICS
+        for row in rows:
+            assert row.n == 8
+            assert row.low <= row.value <= row.high
+            assert row.filter == (row.judge == "other")
+            assert (row.delta is None) == (arm == "base")
+            assert (row.risk, row.split) == ("toxicity", "rtp")
+
+    samples = read_jsonl(folder / "samples.jsonl")
+    assert len(samples) == 3 * 8 * 3  # arms, prompts, k
+    assert {(s["arm"], s["prompt_id"], s["sample"]) for s in samples} == {
+        (arm, i, s) for arm in ("base", "sft", "patch") for i in range(8) for s in range(3)
+    }
+    assert all(set(s["scores"]) == set(s["prompt_scores"]) == {"svm", "other"} for s in samples)
+    assert all((s["ppl"] is None) == (s["sample"] >= 2 or not s["text"]) for s in samples)
+
+    record = json.loads((folder / "run.json").read_text())
+    assert set(record["seconds"]) == {"load", "pairs", "sft", "dpo", "evaluate", "package"}
+    assert record["command"].startswith("python run.py model.path=")
+    assert record["pairs"]["kept"] == len(read_jsonl(folder / "pairs.jsonl"))
+    assert set(record["versions"]) >= {"policypatch", "torch", "lightning"}
+
+    report = (folder / "report.html").read_text()
+    assert "<html" in report
+    assert "toxic rate" in report.lower()
+
+
+def test_the_scorecard_is_that_of_the_samples(go, tmp_path: Path):
+    """AMT, toxic rate and length once more from samples.jsonl."""
+    card = go()
+    samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
+    for arm in ("base", "sft", "patch"):
+        prompts = [[s for s in samples if s["arm"] == arm and s["prompt_id"] == i] for i in range(8)]
+        for judge in ("svm", "other"):
+            worst = [max(s["scores"][judge] for s in of_prompt) for of_prompt in prompts]
+            assert card.find(arm=arm, judge=judge, metric="amt").value == pytest.approx(sum(worst) / 8, abs=1e-5)
+            rate = sum(score >= 0.5 for score in worst) / 8
+            assert card.find(arm=arm, judge=judge, metric="toxic_rate").value == rate
+        perplexities = [s["ppl"] for of_prompt in prompts for s in of_prompt if s["ppl"] is not None]
+        mean = card.find(arm=arm, metric="ppl_mean").value
+        assert mean == pytest.approx(sum(perplexities) / len(perplexities), rel=1e-4)
+        tokens = [s["tokens"] for of_prompt in prompts for s in of_prompt]
+        assert card.find(arm=arm, metric="completion_tokens").value == pytest.approx(sum(tokens) / len(tokens))
+
+
+def test_the_same_seed_gives_the_same_scorecard_without_any_cache(go, tmp_path: Path, monkeypatch):
+    first = go("a")
+    monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path / "another"))
+    second = go("b")
+    assert first == second
+    for name in ("metrics.csv", "pairs.jsonl", "samples.jsonl", "patch/patch.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_another_seed_gives_another_patch(go, tmp_path: Path):
+    go("a", seed=0)
+    go("b", seed=1)
+    patches = [(tmp_path / name / "patch" / "patch.safetensors").read_bytes() for name in "ab"]
+    assert patches[0] != patches[1]
+    # The evaluation is not the seed's: both are measured on the base's very same continuations.
+    bases = [[s for s in read_jsonl(tmp_path / n / "samples.jsonl") if s["arm"] == "base"] for n in "ab"]
+    assert bases[0] == bases[1]
+
+
+def test_without_sft_there_is_no_sft_arm(go, tmp_path: Path):
+    card = go(sft__enabled="false", dpo__reference="base", logger="csv")
+    assert list(dict.fromkeys(row.arm for row in card)) == ["base", "patch"]
+    assert not (tmp_path / "run" / "checkpoints" / "sft").exists()
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_without_dpo_the_sft_patch_is_the_result(go, tmp_path: Path):
+    card = go(dpo__enabled="false")
+    assert list(dict.fromkeys(row.arm for row in card)) == ["base", "sft"]
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "sft" / "last.ckpt", weights_only=True)
+    patch = artifact.load(tmp_path / "run" / "patch")
+    assert torch.equal(patch.vectors, checkpoint["state_dict"]["backbone.patch"])
+
+
+@pytest.mark.parametrize("init", ["text", "vocab", "random"])
+def test_every_initialisation_trains(init: str, go, tiny_base, tmp_path: Path):
+    from policypatch import pipeline
+
+    go(init=init, dpo__enabled="false", sft__steps=1, evaluate__k=2)
+    cfg = composed(overrides(tmp_path, tmp_path, init=init))
+    start = pipeline._initial_vectors(cfg, tiny_base)
+    assert start.shape == (3, tiny_base.width)
+    moved = artifact.load(tmp_path / "run" / "patch").vectors - start
+    assert 0 < moved.abs().max() < 1
+
+
+def test_ready_rows_train_as_well(go, tmp_path: Path):
+    rows = [{"prompt": f"Row {i} says", "good": " thank you", "bad": " go away"} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"teacher": "dataset", "teacher.source": tmp_path / "rows.jsonl"}
+    options |= {"teacher.fields": "{chosen:good,rejected:bad}"}
+    left_out = {key: DROP for key in ("teacher.n", "teacher.judges", "teacher.sampling", "teacher.filter")}
+    card = go(**options, **left_out)
+    assert not any(row.filter for row in card)
+    pairs = read_jsonl(tmp_path / "run" / "pairs.jsonl")
+    assert [(p["prompt"], p["chosen"]["text"]) for p in pairs] == [(r["prompt"], r["good"]) for r in rows]
+
+
+def test_a_run_taken_up_again_comes_to_the_same_end(go, tmp_path: Path, monkeypatch):
+    """Broken off in the second stage, after a checkpoint; the first stage is not trained again."""
+    from policypatch.train.dpo_module import DPOModule
+    from policypatch.train.sft_module import SFTModule
+
+    expected = go("a")
+    step = DPOModule.training_step
+
+    def breaks_off(self, batch, batch_idx):
+        if self.global_step == 3:
+            raise RuntimeError("the machine went down")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DPOModule, "training_step", breaks_off)
+    with pytest.raises(RuntimeError, match="went down"):
+        go("b")
+    monkeypatch.setattr(DPOModule, "training_step", step)
+    monkeypatch.setattr(SFTModule, "training_step", lambda *_: pytest.fail("stage 1 was done"))
+    assert go("b") == expected
+    for name in ("metrics.csv", "patch/patch.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_folder_of_another_configuration_is_refused(go, tmp_path: Path):
+    go()
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(PolicyPatchError, match="another configuration"):
+        go(dpo__beta=0.77)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_pairs_and_base_samples_are_made_once_for_all_betas(go, tmp_path: Path):
+    go("a", dpo__beta=0.1)
+    go("b", dpo__beta=0.5)
+    first, second = (json.loads((tmp_path / name / "run.json").read_text())["cache"] for name in "ab")
+    assert first["pairs"] == {"hits": 0, "misses": 1}
+    assert second["pairs"] == {"hits": 1, "misses": 0}
+    # Stage 1 is the same in both, so its reference and its samples are too: only the final patch is sampled.
+    assert second["reference"] == {"hits": 1, "misses": 0}
+    assert first["completions"] == {"hits": 0, "misses": 4}  # pairs, base, sft, patch
+    assert second["completions"] == {"hits": 2, "misses": 1}
+
+
+def test_a_missing_file_ends_the_run_before_it_costs_anything(go, tmp_path: Path):
+    refused(go, "risk.train.source", "/nope.jsonl", folder=tmp_path, risk__train__source="/nope.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"risk.evaluation.source": "/nope.jsonl"}, ["risk.evaluation.source", "/nope.jsonl"]),
+        ({"model.path": "/nope"}, ["model.path", "/nope"]),
+        ({"patch.length": 500}, ["patch.length is 500", "context", "512"]),
+        ({"data.max_prompt_tokens": 600}, ["data.max_prompt_tokens", "512"]),
+        ({"evaluate.sampling.max_new_tokens": 505}, ["risk.evaluation", "512"]),
+        ({"teacher.sampling.max_new_tokens": 510}, ["risk.train", "512"]),
+        ({"dpo.reference": "teacher"}, ["dpo.reference=teacher", "best_of_n"]),
+        ({"teacher.judges": "[nobody]"}, ["teacher.judges", "nobody", "svm, other"]),
+        ({"teacher.n": 1}, ["teacher.n is 1"]),
+        ({"teacher.filter": "{margin:1.1}"}, ["no pair passed teacher.filter"]),
+        ({"risk.train.take": "some"}, ["risk.train.take"]),
+        ({"+risk.judges.hub": "{_target_:policypatch.evaluate.judges.PerspectiveJudge,api_key_env:NO}"}, ["key"]),
+        ({"+risk.judges.odd": "{_target_:tiny_run.HashJudge,nmae:x}"}, ["risk", "nmae"]),
+        ({"+risk.judges.gone": "{_target_:tiny_run.NoSuchJudge}"}, ["risk", "NoSuchJudge"]),
+        ({"scorer": "hub", "scorer.name": "x", "scorer.source.hub": "x/y", "scorer.path": "/nope"}, ["scorer.path"]),
+        ({"trainer": "gpu"}, ["trainer=gpu", "trainer=cpu"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_refused_before_training(changes: dict, words: list[str], go, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(go, *words, folder=tmp_path, **changes)
+
+
+def test_a_report_can_be_written_again(go, tmp_path: Path):
+    go()
+    first = (tmp_path / "run" / "report.html").read_text()
+    (tmp_path / "run" / "report.html").unlink()
+    assert write_report(tmp_path / "run").read_text() == first

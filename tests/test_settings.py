@@ -1,0 +1,183 @@
+"""A command line that cannot work is refused in one sentence, before any job starts."""
+
+from collections.abc import Iterator
+
+import hydra
+import pytest
+from tiny_run import ROOT
+
+from policypatch.errors import PolicyPatchError
+from policypatch.settings import check, check_overrides
+
+
+@pytest.fixture(autouse=True)
+def conf() -> Iterator[None]:
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield
+
+
+def refusal(*arguments: str, multirun: bool = False) -> str:
+    with pytest.raises(PolicyPatchError) as caught:
+        check_overrides(arguments, multirun)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["patch.length=7", "dpo.beta=0.5"],
+        ["model=llama3_8b", "teacher=dataset", "teacher.source=pairs.jsonl"],
+        ["init=random", "init.scale=2.0"],
+        ["init.text='Be kind, always'"],
+        ["scorer=hub", "scorer.name=gpt2", "scorer.source.hub=gpt2"],
+        ["scorer=base", "+scorer.path=/tmp/x"],
+        ["+judge@risk.judges.bert=hf"],
+        ["~risk.judges.bilstm", "teacher.judges=[svm]"],
+        ["risk.train.source=/some/file.jsonl"],
+        ["hydra.run.dir=/tmp/x"],
+        ["dpo.reference=base", "sft.enabled=false"],
+        ["dpo.enabled=false"],
+        ["evaluate.prompts=null"],
+    ],
+)
+def test_what_users_write_is_accepted(arguments: list[str]):
+    check_overrides(arguments, multirun=False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["patch.length=2,3,4", "dpo.beta=0.1,0.5"],
+        ["patch.length=range(1,5)"],
+        ["init=text,vocab,random"],
+        ["init.text='a, b','c, d'"],
+        ["model=glob(*)"],
+        ["teacher=dataset,best_of_n"],
+        ["+judge@risk.judges.more=hf,perspective"],
+        ["sft.betas=[0.9,0.95],[0.9,0.99]"],
+    ],
+)
+def test_sweeps_are_accepted(arguments: list[str]):
+    check_overrides(arguments, multirun=True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "suggestion"),
+    [
+        ("patch.lenght=3", "patch.length"),
+        ("dpo.bta=0.1", "dpo.beta"),
+        ("sed=1", "seed"),
+        ("teacher.filter.marign=0.1", "teacher.filter.margin"),
+        ("evaluate.sampling.max_new_token=3", "evaluate.sampling.max_new_tokens"),
+        ("risk.judges.bilstm.lable=x", "risk.judges.bilstm.label"),
+        ("patch.lenght=3,4", "patch.length"),
+    ],
+)
+def test_a_misspelt_key_gets_the_nearest_one(argument: str, suggestion: str):
+    message = refusal(argument, multirun=True)
+    assert argument.split("=")[0] in message
+    assert message.endswith(f"did you mean {suggestion}?")
+
+
+def test_keys_are_those_of_the_chosen_option():
+    check_overrides(["teacher=dataset", "teacher.limit=3"], False)
+    assert "teacher.limit" in refusal("teacher.limit=3")
+    assert "did you mean teacher.source" in refusal("teacher=dataset", "teacher.sorce=x")
+    assert "teacher.n" in refusal("teacher=dataset,best_of_n", "teacher.n=4", multirun=True)
+
+
+def test_a_key_like_no_other_points_to_the_file():
+    assert "conf/config.yaml" in refusal("zzzzqqqq=1")
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [("risk=gambling", "toxicity"), ("teacher=nobody", "best_of_n, dataset"), ("model=gpt9", "smollm2_135m")],
+)
+def test_an_unknown_option_lists_those_there_are(argument: str, options: str):
+    message = refusal(argument)
+    assert argument.replace("=", "/") in message
+    assert options in message
+    assert "search path" not in message.lower()
+    assert "pkg://" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["patch.length=-1"], ["patch.length is -1", "at least 1"]),
+        (["patch.length=0"], ["patch.length is 0"]),
+        (["patch.length=2.5"], ["patch.length is 2.5", "whole number"]),
+        (["patch.length=many"], ["patch.length is 'many'", "number"]),
+        (["patch.length=true"], ["patch.length is True", "number"]),
+        (["patch.length=null"], ["patch.length is None", "number"]),
+        (["dpo.beta=0"], ["dpo.beta is 0", "greater than 0"]),
+        (["dpo.beta=-1"], ["dpo.beta is -1"]),
+        (["dpo.beta=nan"], ["dpo.beta is nan"]),
+        (["sft.lr=inf"], ["sft.lr is inf"]),
+        (["sft.lr=0"], ["sft.lr is 0"]),
+        (["sft.steps=0"], ["sft.steps is 0"]),
+        (["dpo.batch_size=1.5"], ["dpo.batch_size is 1.5", "whole number"]),
+        (["dpo.warmup=2"], ["dpo.warmup is 2", "at most 1"]),
+        (["dpo.label_smoothing=0.5"], ["dpo.label_smoothing is 0.5", "at most"]),
+        (["dpo.decay=slow"], ["dpo.decay is 'slow'", "linear, cosine, constant"]),
+        (["dpo.reference=nobody"], ["dpo.reference is 'nobody'", "teacher, sft, base"]),
+        (["dpo.betas=[0.9]"], ["dpo.betas", "two numbers"]),
+        (["sft.betas=[0.9,1.0]"], ["sft.betas", "two numbers"]),
+        (["sft.enabled=maybe"], ["sft.enabled is 'maybe'", "true or false"]),
+        (["sft.enabled=false", "dpo.enabled=false"], ["sft.enabled and dpo.enabled are both false"]),
+        (["sft.enabled=false", "dpo.reference=sft"], ["dpo.reference=sft needs stage 1"]),
+        (["data.held_out=0.95"], ["data.held_out is 0.95", "at most"]),
+        (["evaluate.k=2", "evaluate.ppl_samples=3"], ["evaluate.ppl_samples is 3", "evaluate.k (2)"]),
+        (["evaluate.level=95"], ["evaluate.level is 95"]),
+        (["evaluate.resamples=10"], ["evaluate.resamples is 10", "at least 100"]),
+        (["evaluate.sampling.top_p=0"], ["evaluate.sampling.top_p is 0"]),
+        (["evaluate.sampling.top_p=1.1"], ["evaluate.sampling.top_p is 1.1"]),
+        (["evaluate.sampling.temperature=-1"], ["evaluate.sampling.temperature is -1"]),
+        (["evaluate.sampling.max_new_tokens=0"], ["evaluate.sampling.max_new_tokens is 0"]),
+        (["seed=-1"], ["seed is -1"]),
+        (["trainer.devices=2"], ["trainer.devices is 2", "at most 1"]),
+        (["trainer.checkpoint_every=0"], ["trainer.checkpoint_every is 0"]),
+        (["patch.version=one"], ["patch.version is 'one'", "1.0.0"]),
+        (["patch.name='My patch'"], ["patch.name is 'My patch'"]),
+        (["scorer=hub"], ["scorer.name is not set"]),
+        (["seed=${nothing}"], ["nothing"]),
+        (["patch=3"], ["patch"]),
+        (["a=b=c"], ["the command line cannot be read"]),
+        (["patch.length"], ["the command line cannot be read", "patch.length"]),
+    ],
+)
+def test_a_value_that_no_run_could_use(arguments: list[str], words: list[str]):
+    message = refusal(*arguments)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["patch.length=2,3,0"], "patch.length is 0"),
+        (["patch.length=2,3", "dpo.beta=0.1,0.2,-1"], "dpo.beta is -1"),
+        (["init=text,vocab,rnadom"], "init/rnadom"),
+        (["patch.length=range(-1,3)"], "patch.length is -1"),
+        (["+judge@risk.judges.more=hf,nobody"], "judge/nobody"),
+    ],
+)
+def test_every_value_of_a_sweep_is_looked_at(arguments: list[str], words: str):
+    assert words in refusal(*arguments, multirun=True)
+
+
+def test_several_values_without_m_are_no_sweep():
+    message = refusal("patch.length=2,3")
+    assert "patch.length" in message
+    assert "-m" in message
+
+
+def test_check_names_the_key_of_a_composed_config():
+    cfg = hydra.compose("config")
+    check(cfg)
+    cfg.dpo.beta = 0
+    with pytest.raises(PolicyPatchError, match=r"dpo\.beta is 0"):
+        check(cfg)

@@ -1,0 +1,76 @@
+"""`python run.py`, for real: a sweep that makes its pairs once, and mistakes that end in one sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import ROOT, overrides
+
+from policypatch.evaluate.scorecard import Scorecard
+
+
+@pytest.fixture
+def cli(tiny_base_folder: Path, tmp_path: Path):
+    """Run the command in an empty folder of its own; only the outputs' place differs from what a user has."""
+
+    def call(*arguments: str, sweep: bool = False, **changes) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "run.py"), *(["-m"] if sweep else []), *arguments]
+        command += overrides(tiny_base_folder, tmp_path, name="tiny", **changes)
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+
+    return call
+
+
+def is_one_sentence(done: subprocess.CompletedProcess, folder: Path, *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert all(word in errors[0] for word in words), errors[0]
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not list(folder.rglob("*.ckpt"))
+
+
+def test_a_misspelt_key_ends_in_one_sentence(cli, tmp_path: Path):
+    done = cli("patch.lenght=3")
+    is_one_sentence(done, tmp_path, "patch.lenght", "did you mean patch.length?")
+    assert done.stderr.count("\n") == 1  # nothing else was started
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_sweep_with_one_impossible_value_does_not_start(cli, tmp_path: Path):
+    done = cli(sweep=True, **{"patch.length": "2,3,0"})
+    is_one_sentence(done, tmp_path, "patch.length is 0")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_what_only_the_base_can_tell_ends_in_one_sentence(cli, tmp_path: Path):
+    is_one_sentence(cli(**{"patch.length": 500}), tmp_path, "patch.length is 500", "context", "512")
+
+
+def test_a_missing_file_ends_in_one_sentence(cli, tmp_path: Path):
+    is_one_sentence(cli(**{"model.path": "/nope"}), tmp_path, "model.path", "/nope")
+
+
+def test_a_sweep_of_six_makes_its_pairs_once(cli, tmp_path: Path):
+    done = cli(sweep=True, **{"patch.length": "2,3,4", "dpo.beta": "0.1,0.5", "init": "vocab"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    folders = sorted(path.parent for path in (tmp_path / "outputs" / "tiny").rglob("scorecard.json"))
+    assert len(folders) == 6
+    records = [json.loads((folder / "run.json").read_text()) for folder in folders]
+    made = [record["cache"]["pairs"]["misses"] for record in records]
+    assert sorted(made) == [0, 0, 0, 0, 0, 1]
+    seen = set()
+    for folder in folders:
+        manifest = json.loads((folder / "patch" / "patch.json").read_text())
+        seen.add((manifest["length"], manifest["training"]["dpo"]["beta"]))
+        assert f"dpo.beta={manifest['training']['dpo']['beta']}" in folder.name
+        assert f"patch.length={manifest['length']}" in folder.name
+        assert (folder / "report.html").is_file()
+    assert seen == {(length, beta) for length in (2, 3, 4) for beta in (0.1, 0.5)}
+    # All six are compared with one and the same base.
+    bases = [[row for row in Scorecard.load(folder / "scorecard.json") if row.arm == "base"] for folder in folders]
+    assert all(base == bases[0] for base in bases)

@@ -1,0 +1,122 @@
+"""Weights & Biases, offline: what a run leaves in its record, and that a failed run does not look finished."""
+
+import json
+from pathlib import Path
+
+import pytest
+import wandb
+from tiny_run import composed, overrides
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.internal.datastore import DataStore
+
+from policypatch.pipeline import run
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("CACHE", "DATA", "CONFIG"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb"))
+
+
+def records(folder: Path) -> list[wandb_internal_pb2.Record]:
+    """Everything in the folder's one .wandb file."""
+    (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    store, found = DataStore(), []
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        found.append(record)
+    return found
+
+
+def of_kind(found: list, kind: str) -> list:
+    return [getattr(record, kind) for record in found if record.WhichOneof("record_type") == kind]
+
+
+def values(items: list) -> dict[str, object]:
+    """Key -> value of history or summary items; nested keys joined with dots."""
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_a_run_leaves_an_offline_record(tiny_base_folder, tmp_path: Path):
+    arguments = overrides(tiny_base_folder, tmp_path, logger="wandb", name="sweep-7", **{"logger.project": "tests"})
+    card = run(composed(arguments), tmp_path / "run", "patch.length=3", arguments)
+    assert wandb.run is None
+    found = records(tmp_path / "run")
+
+    (start,) = of_kind(found, "run")[:1]
+    assert (start.run_group, start.display_name, start.project) == ("sweep-7", "patch.length=3", "tests")
+    config = {item.key: json.loads(item.value_json) for item in start.config.update}
+    assert config["patch"]["length"] == 3
+    assert config["model"]["name"] == "tiny"
+
+    history = [values(record.item) for record in of_kind(found, "history")]
+    for stage, steps in (("sft", 4), ("dpo", 5)):
+        rows = [row for row in history if f"{stage}/train/loss" in row]
+        assert [row[f"{stage}/step"] for row in rows] == list(range(steps))
+        assert any(f"{stage}/val/loss" in row for row in history)
+    axes = {metric.name or metric.glob_name: metric.step_metric for metric in of_kind(found, "metric")}
+    assert axes["dpo/*"] == "dpo/step"
+
+    summary: dict[str, object] = {}
+    for record in of_kind(found, "summary"):
+        summary |= values(record.update)
+    assert summary["patch/toxic_rate/svm"] == card.find(arm="patch", metric="toxic_rate", judge="svm").value
+    assert summary["base/trigram_overlap"] == card.find(arm="base", metric="trigram_overlap").value
+
+    (table_path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/files/media/table/samples*.table.json")
+    table = json.loads(table_path.read_text())
+    assert table["columns"] == ["prompt_id", "prompt", "arm", "text"]
+    assert len(table["data"]) == 3 * 8
+
+    (artifact,) = [a for a in of_kind(found, "artifact") if a.type == "patch"]
+    files = {content.path for content in artifact.manifest.contents}
+    assert files == {"patch.safetensors", "patch.json", "README.md"}
+    (end,) = of_kind(found, "exit")
+    assert end.exit_code == 0
+
+
+def test_a_failed_run_is_recorded_as_failed(tiny_base_folder, tmp_path: Path, monkeypatch):
+    from policypatch.train.dpo_module import DPOModule
+
+    def fails(self, batch, batch_idx):
+        raise RuntimeError("the machine went down")
+
+    monkeypatch.setattr(DPOModule, "training_step", fails)
+    arguments = overrides(tiny_base_folder, tmp_path, logger="wandb")
+    with pytest.raises(RuntimeError, match="went down"):
+        run(composed(arguments), tmp_path / "run", "", arguments)
+    assert wandb.run is None  # or the next job of a sweep would write into it
+    found = records(tmp_path / "run")
+    (end,) = of_kind(found, "exit")
+    assert end.exit_code == 1
+    assert of_kind(found, "run")[0].display_name == "default"
+
+
+def test_the_environment_decides_the_mode_and_the_folder_the_id(tmp_path: Path, monkeypatch):
+    from types import SimpleNamespace
+
+    from policypatch.report.tracking import open_tracker
+
+    asked = []
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options) or SimpleNamespace(finish=print))
+    cfg = composed(["logger=wandb", "logger.mode=offline"]).logger
+    open_tracker(cfg, tmp_path / "a", "group", "", {})
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    open_tracker(cfg, tmp_path / "a", "group", "", {})
+    open_tracker(cfg, tmp_path / "b", "group", "", {})
+    assert [options["mode"] for options in asked] == ["offline", "disabled", "disabled"]
+    assert asked[0]["id"] == asked[1]["id"] != asked[2]["id"]
+    assert all(options["resume"] == "allow" for options in asked)
+
+
+def test_logger_csv_starts_no_wandb_run(tmp_path: Path, monkeypatch):
+    from policypatch.report.tracking import open_tracker
+
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("not asked for"))
+    tracker = open_tracker(composed(["logger=csv"]).logger, tmp_path, "group", "", {})
+    assert list(tracker.loggers("sft")) == []
+    tracker.close(1)

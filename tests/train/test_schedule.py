@@ -1,0 +1,108 @@
+"""The learning rate of every step, and the order of the pairs."""
+
+import itertools
+import math
+
+import pytest
+
+from policypatch.data.datamodule import PairData, _schedule
+from policypatch.errors import PolicyPatchError
+from policypatch.model.tree import Item
+from policypatch.train.module import Optimisation, rate_at
+
+
+def factors(steps: int, **options: object) -> list[float]:
+    at = rate_at(Optimisation(steps=steps, lr=1.0, **options))
+    return [at(step) for step in range(steps)]
+
+
+def test_linear_by_hand():
+    """10 steps, 2 of warm-up: 1/2, 1, then (10 - step) / 8 from 8/8 down to 1/8; 0 would waste a step."""
+    expected = [0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    assert factors(10, warmup=0.2, decay="linear") == pytest.approx(expected)
+
+
+def test_cosine_goes_down_from_1_to_0():
+    """After 2 steps of warm-up, (1 + cos(pi * done)) / 2 with done = (step - 2) / 8: 1 at step 2, 1/2 at step 6."""
+    ours = factors(10, warmup=0.2, decay="cosine")
+    assert ours == pytest.approx([0.5, 1.0] + [(1 + math.cos(math.pi * done / 8)) / 2 for done in range(8)], abs=1e-6)
+    assert ours[6] == pytest.approx(0.5, abs=1e-6)
+    assert all(later < earlier for earlier, later in itertools.pairwise(ours[2:]))
+    assert rate_at(Optimisation(10, 1.0, 0.2, "cosine"))(10) == pytest.approx(0, abs=1e-6)
+
+
+def test_constant_stays():
+    assert factors(5, warmup=0.4, decay="constant") == [0.5, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+def test_every_rate_is_in_0_1_and_none_but_the_end_is_0(steps: int, warmup: float, decay: str):
+    assert all(0 < factor <= 1 for factor in factors(steps, warmup=warmup, decay=decay))
+
+
+def items(count: int) -> list[Item]:
+    return [Item((i,), ((100 + i,), (200 + i,))) for i in range(count)]
+
+
+def pair_data(count: int = 10, **options: object) -> PairData:
+    settings = {"batch_size": 4, "steps": 6, "seed": 0, "completions": 2, "build": lambda group: group} | options
+    return PairData(items(count), **settings)
+
+
+def test_the_schedule_is_a_function_of_the_seed():
+    assert _schedule(range(10), 4, 6, 3) == _schedule(range(10), 4, 6, 3)
+    assert _schedule(range(10), 4, 6, 3) != _schedule(range(10), 4, 6, 4)
+
+
+def test_a_longer_schedule_begins_with_the_shorter_one():
+    assert _schedule(range(10), 4, 9, 3)[:6] == _schedule(range(10), 4, 6, 3)
+
+
+def test_every_pass_takes_every_pair_once():
+    flat = [i for group in _schedule(range(10), 4, 10, 0) for i in group]
+    passes = [flat[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(one) == list(range(10)) for one in passes)
+    assert len({tuple(one) for one in passes}) == 4
+
+
+def test_fewer_pairs_than_a_batch_are_taken_again():
+    assert [len(group) for group in _schedule(range(3), 8, 2, 0)] == [8, 8]
+
+
+def test_held_out_pairs_are_never_trained_on():
+    data = pair_data(held_out=0.2)
+    assert len(data.validation) == 2
+    assert sorted(data.validation + data.training) == list(range(10))
+    assert not {i for batch in data.train_dataloader() for i in batch.pairs} & set(data.validation)
+    assert [i for batch in data.val_dataloader() for i in batch.pairs] == data.validation
+
+
+def test_holding_out_leaves_at_least_one_pair_on_either_side():
+    assert len(pair_data(2, held_out=0.9).training) == 1
+    assert len(pair_data(10, held_out=0.01).validation) == 1
+    assert pair_data(1, held_out=0.5).validation == []
+    assert pair_data(10, held_out=0.0).val_dataloader() == []
+
+
+def test_sft_sees_the_chosen_side_alone():
+    (batch, *_) = pair_data(completions=1).train_dataloader()
+    assert [item.completions for item in batch.tree] == [((100 + i,),) for i in batch.pairs]
+
+
+def test_the_loader_gives_every_step_once_and_starts_at_the_trainers_step():
+    data = pair_data()
+    everything = [batch.pairs for batch in data.train_dataloader()]
+    assert len(everything) == 6
+
+    class Trainer:
+        global_step = 4
+
+    data.trainer = Trainer()
+    assert [batch.pairs for batch in data.train_dataloader()] == everything[4:]
+
+
+def test_no_pairs_are_refused():
+    with pytest.raises(PolicyPatchError, match="no pairs to train on"):
+        pair_data(0)
