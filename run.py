@@ -9,6 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 CONF = Path(__file__).parent / "conf"
+NAMING = "hydra.job.config.override_dirname.exclude_keys"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -27,12 +28,12 @@ def main(cfg: DictConfig) -> None:
         sys.exit(2)
 
 
-def refuse_what_cannot_run() -> None:
-    """Tell what is wrong with the command line in one sentence, before Hydra or a model is started."""
+def prepare() -> None:
+    """Tell what is wrong with the command line before Hydra or a model is started, and keep a sweep's names short."""
     from hydra._internal.utils import get_args
 
     from policypatch.errors import PolicyPatchError
-    from policypatch.settings import check_overrides
+    from policypatch.settings import check_overrides, left_out_of_names
 
     arguments = get_args()
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion:
@@ -42,11 +43,13 @@ def refuse_what_cannot_run() -> None:
     try:
         with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             check_overrides(arguments.overrides, arguments.multirun)
+            if arguments.multirun and not any(NAMING in override for override in arguments.overrides):
+                sys.argv.append(f"{NAMING}={left_out_of_names(arguments.overrides)}")
     except PolicyPatchError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    refuse_what_cannot_run()
+    prepare()
     main()

@@ -158,11 +158,7 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
     Raises:
         PolicyPatchError: an unknown key (with the nearest known one), an unknown choice, or what `check` refuses.
     """
-    try:
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        overrides = parser.parse_overrides(list(arguments))
-    except HydraException as error:
-        raise PolicyPatchError(f"the command line cannot be read: {_first_line(error)}") from error
+    overrides = _parse(arguments)
     swept = [o for o in overrides if o.is_sweep_override()]
     if swept and not multirun:
         raise PolicyPatchError(f"{swept[0].key_or_group} has several values: add -m for a sweep over them")
@@ -177,6 +173,31 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         raise PolicyPatchError(_first_line(error)) from error
     except yaml.YAMLError as error:
         raise PolicyPatchError(f"a file of conf/ is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+FIXED_IN_NAME = 100  # bytes that the values all jobs share may take of a folder's name, which may have 255
+
+
+def left_out_of_names(arguments: Sequence[str]) -> list[str]:
+    """Keys that a sweep's folder names must do without: those of conf/config.yaml, and troublesome fixed ones.
+
+    What all jobs share tells none apart: it goes where it would make folders within folders (a path), and all of it
+    where names would grow too long. Must run inside `hydra.initialize*`.
+    """
+    hydra_cfg = compose("config", return_hydra_config=True).hydra
+    out = list(hydra_cfg.job.config.override_dirname.exclude_keys)
+    fixed = {o.key_or_group: o.input_line or "" for o in _parse(arguments) if not o.is_sweep_override()}
+    shown = {key: line for key, line in fixed.items() if key not in out and "/" not in line}
+    too_long = sum(len(line.encode()) + 1 for line in shown.values()) > FIXED_IN_NAME
+    return [*out, *(key for key in fixed if key not in out and (too_long or key not in shown))]
+
+
+def _parse(arguments: Sequence[str]) -> list[Override]:
+    try:
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        return parser.parse_overrides(list(arguments))
+    except HydraException as error:
+        raise PolicyPatchError(f"the command line cannot be read: {_first_line(error)}") from error
 
 
 def _single_values(swept: Sequence[Override]) -> Iterator[list[str]]:

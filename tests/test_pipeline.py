@@ -174,7 +174,7 @@ def test_ready_rows_train_as_well(go, tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"teacher": "dataset", "teacher.source": tmp_path / "rows.jsonl"}
     options |= {"teacher.fields": "{chosen:good,rejected:bad}"}
-    left_out = {key: DROP for key in ("teacher.n", "teacher.judges", "teacher.sampling", "teacher.filter")}
+    left_out = dict.fromkeys(("teacher.n", "teacher.judges", "teacher.sampling", "teacher.filter"), DROP)
     card = go(**options, **left_out)
     assert not any(row.filter for row in card)
     pairs = read_jsonl(tmp_path / "run" / "pairs.jsonl")

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import ROOT
 
 from policypatch.errors import PolicyPatchError
-from policypatch.settings import check, check_overrides
+from policypatch.settings import check, check_overrides, left_out_of_names
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +181,13 @@ def test_check_names_the_key_of_a_composed_config():
     cfg.dpo.beta = 0
     with pytest.raises(PolicyPatchError, match=r"dpo\.beta is 0"):
         check(cfg)
+
+
+def test_folder_names_of_a_sweep_hold_what_varies_and_no_paths():
+    arguments = ["patch.length=2,3", "seed=4", "name=x", "model.path=/a/b", "+judge@risk.judges.bert=hf"]
+    assert left_out_of_names(arguments) == ["name", "logger", "model.path"]
+
+
+def test_long_command_lines_keep_names_short():
+    fixed = [f"{stage}.{key}=3" for stage in ("sft", "dpo") for key in ("steps", "batch_size", "lr", "clip", "warmup")]
+    assert left_out_of_names(["patch.length=2,3", *fixed])[2:] == [line.split("=")[0] for line in fixed]

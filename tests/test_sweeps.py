@@ -19,7 +19,7 @@ def cli(tiny_base_folder: Path, tmp_path: Path):
     def call(*arguments: str, sweep: bool = False, **changes) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / "run.py"), *(["-m"] if sweep else []), *arguments]
         command += overrides(tiny_base_folder, tmp_path, name="tiny", **changes)
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "POLICYPATCH_CACHE": str(tmp_path / "cache")}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
 
     return call
@@ -47,6 +47,7 @@ def test_a_sweep_with_one_impossible_value_does_not_start(cli, tmp_path: Path):
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_what_only_the_base_can_tell_ends_in_one_sentence(cli, tmp_path: Path):
     is_one_sentence(cli(**{"patch.length": 500}), tmp_path, "patch.length is 500", "context", "512")
 
@@ -55,6 +56,7 @@ def test_a_missing_file_ends_in_one_sentence(cli, tmp_path: Path):
     is_one_sentence(cli(**{"model.path": "/nope"}), tmp_path, "model.path", "/nope")
 
 
+@pytest.mark.slow
 def test_a_sweep_of_six_makes_its_pairs_once(cli, tmp_path: Path):
     done = cli(sweep=True, **{"patch.length": "2,3,4", "dpo.beta": "0.1,0.5", "init": "vocab"})
     assert done.returncode == 0, done.stderr[-3000:]
