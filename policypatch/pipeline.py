@@ -129,9 +129,14 @@ def _claim_folder(folder: Path, resolved: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     text = OmegaConf.to_yaml(OmegaConf.create(resolved))
-    if path.is_file() and path.read_text("utf-8") != text:
+    # Where a run is logged changes nothing in it, and it may be resumed with another logger.
+    if path.is_file() and _but_logger(OmegaConf.load(path)) != _but_logger(resolved):
         raise PolicyPatchError(f"{folder} holds a run of another configuration: choose another name=, or remove it")
     write_text(path, text)
+
+
+def _but_logger(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in dict(config).items() if key != "logger"}
 
 
 def _load(cfg: DictConfig) -> tuple[Base, Any, Teacher]:

@@ -39,6 +39,7 @@ LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
     "row_tokens": (16, True),
     "trainer.devices": (1, True),
     "trainer.checkpoint_every": (1, True),
+    "trainer.validate_every": (1, True),
     "dpo.beta": (0, False),
     "dpo.nll_weight": (0, True),
     "dpo.kl_weight": (0, True),
@@ -80,6 +81,7 @@ WHOLE = {
     "row_tokens",
     "trainer.devices",
     "trainer.checkpoint_every",
+    "trainer.validate_every",
 } | {f"{stage}.{key}" for stage in ("sft", "dpo") for key in ("steps", "batch_size")}
 CHOICES = {
     "sft.decay": ("linear", "cosine", "constant"),

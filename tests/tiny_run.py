@@ -62,6 +62,7 @@ def overrides(base: Path, prompts: Path, **changes: Any) -> list[str]:
         "logger": "csv",
         "trainer": "cpu",
         "trainer.checkpoint_every": 2,
+        "trainer.validate_every": 2,
         "seed": 0,
         "risk.train.source": train,
         "risk.evaluation.source": evaluation,

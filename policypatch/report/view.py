@@ -78,7 +78,7 @@ def _size(length: Any, width: Any) -> str | None:
 def _of(kept: Any, offered: Any) -> str | None:
     if kept is None:
         return None
-    return f"{kept} kept of {offered}" if offered is not None else f"{kept} kept"
+    return f"{kept} from {offered} prompts" if offered is not None else str(kept)
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

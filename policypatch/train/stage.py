@@ -99,7 +99,7 @@ def run_stage(
         max_epochs=-1,
         accumulate_grad_batches=1,
         gradient_clip_val=cfg.clip,
-        val_check_interval=None,
+        val_check_interval=trainer_cfg.validate_every,
         check_val_every_n_epoch=None,
         limit_val_batches=0 if not data.validation else 1.0,
         num_sanity_val_steps=0,

@@ -73,7 +73,7 @@ class RecordedDPO(Recorded, DPOModule):
 def fit(module: StageModule, data: PairData, folder: Path, every: int = 4, clip: float = 1.0) -> int:
     folder.mkdir(exist_ok=True)
     stage = OmegaConf.create({"steps": data.steps, "clip": clip})
-    trainer = OmegaConf.create({"accelerator": "cpu", "devices": 1, "checkpoint_every": every})
+    trainer = OmegaConf.create({"accelerator": "cpu", "devices": 1, "checkpoint_every": every, "validate_every": 3})
     return run_stage(module, data, stage, trainer, folder, [])
 
 
@@ -249,7 +249,11 @@ def test_a_checkpoint_holds_the_trainable_tensors_alone(backbone, tiny_base, tmp
 def test_the_log_has_a_row_for_each_step_and_the_held_out_figures(backbone, tmp_path):
     sft(backbone, tmp_path, steps=6, held_out=0.25)
     ours = [(r["stage"], r["step"], r["metric"]) for r in rows(tmp_path)]
-    assert ours == [*(("sft", str(step), "train/loss") for step in range(1, 7)), ("sft", "6", "val/loss")]
+    trained = [("sft", str(step), "train/loss") for step in range(1, 7)]
+    held_out = [("sft", step, "val/loss") for step in ("3", "6")]  # validate_every is 3
+    assert [row for row in ours if row[2] == "train/loss"] == trained
+    assert [row for row in ours if row[2] == "val/loss"] == held_out
+    assert len(ours) == len(trained) + len(held_out)
 
 
 def train(stage: str, base, folder: Path, steps: int, **options) -> tuple[torch.Tensor, Recorded]:
