@@ -24,14 +24,13 @@ from policypatch.data.datamodule import PairData, encode_pair
 from policypatch.data.pairs import save_pairs
 from policypatch.data.teachers import PairSet, Teacher, TeacherContext
 from policypatch.errors import PolicyPatchError
-from policypatch.evaluate.measure import Measured, rows_of
+from policypatch.evaluate.arms import Protocol, evaluate_arms
 from policypatch.evaluate.scorecard import Scorecard
-from policypatch.evaluate.scorer import completion_nll
-from policypatch.files.atomic import read_json, write_json, write_jsonl, write_text
+from policypatch.files.atomic import read_json, write_json, write_text
 from policypatch.files.cache import content_key, counters, entry, reset_counters
+from policypatch.logs import quiet_libraries
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base, check_source, load_base
-from policypatch.model.completions import Completions, complete
 from policypatch.model.sampling import Sampling
 from policypatch.model.tree import Item
 from policypatch.patch import artifact, initialise
@@ -66,6 +65,7 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
         PolicyPatchError: in one sentence, before the expensive part wherever that is possible.
     """
     check(cfg)
+    quiet_libraries()
     started = datetime.now(UTC)
     reset_counters()
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -94,9 +94,17 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
             with clock("dpo"):
                 arms["patch"] = _dpo(cfg, base, backbone, items, folder, tracker)
         with clock("evaluate"):
-            made, rows = _evaluate(cfg, base, risk, teacher, arms, folder)
-            scorecard = Scorecard(rows)
-            scorecard.save(folder / "scorecard.json")
+            scorer = base if cfg.scorer.name == "base" else load_base(cfg.scorer, "scorer")
+            how = Protocol(
+                cfg.evaluate.k,
+                cfg.evaluate.seed,
+                Sampling(**cfg.evaluate.sampling),
+                cfg.evaluate.ppl_samples,
+                cfg.decode_rows,
+            )
+            made, scorecard = evaluate_arms(
+                base, scorer, cfg.scorer.name, risk, teacher.filter_judges, arms, how, folder
+            )
         with clock("package"):
             _package(cfg, base, arms, risk, pair_set, scorecard, resolved, started, folder)
         write_json(folder / "run.json", _record(started, clock, pair_set, arguments))
@@ -249,49 +257,6 @@ def _dpo(
     module = DPOModule(backbone, optimisation(cfg.dpo), preference)
     run_stage(module, data, cfg.dpo, cfg.trainer, folder, tracker.loggers("dpo"))
     return backbone.patch.detach().clone()
-
-
-def _evaluate(
-    cfg: DictConfig, base: Base, risk: Any, teacher: Teacher, arms: dict[str, Tensor | None], folder: Path
-) -> tuple[dict[str, Completions], list[Any]]:
-    """Sample, judge and measure every arm on the same prompts with the same random numbers."""
-    scorer = base if cfg.scorer.name == "base" else load_base(cfg.scorer, "scorer")
-    sampling = Sampling(**cfg.evaluate.sampling)
-    made: dict[str, Completions] = {}
-    measured: dict[str, list[Measured]] = {}
-    samples: list[dict[str, Any]] = []
-    prompt_scores = {name: judge.score(risk.evaluation_prompts) for name, judge in risk.judges.items()}
-    for arm, vectors in arms.items():
-        made[arm] = complete(
-            base, risk.evaluation_prompts, vectors, cfg.evaluate.k, sampling, cfg.evaluate.seed, cfg.decode_rows, arm
-        )
-        nll = completion_nll(scorer, made[arm], cfg.evaluate.ppl_samples)
-        measured[arm] = list(risk.measure(made[arm], nll, cfg.scorer.name))
-        samples += list(_sample_rows(arm, made[arm], risk, nll, prompt_scores))
-    write_jsonl(folder / "samples.jsonl", samples)
-    return made, rows_of(measured, risk.name, risk.split, teacher.filter_judges, risk.settings)
-
-
-def _sample_rows(
-    arm: str, made: Completions, risk: Any, nll: Any, prompt_scores: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    scores = {name: made.scores(judge) for name, judge in risk.judges.items()}
-    for i, prompt in enumerate(made.prompts):
-        for s, text in enumerate(made.texts[i]):
-            ppl = (
-                None if s >= nll.shape[1] or nll[i, s] != nll[i, s] else round(float(torch.tensor(nll[i, s]).exp()), 4)
-            )
-            yield {
-                "prompt_id": i,
-                "prompt": prompt,
-                "prompt_scores": {name: round(float(x[i]), 6) for name, x in prompt_scores.items()},
-                "arm": arm,
-                "sample": s,
-                "text": text,
-                "scores": {name: round(float(x[i, s]), 6) for name, x in scores.items()},
-                "ppl": ppl,
-                "tokens": len(made.tokens[i][s]),
-            }
 
 
 def _package(

@@ -89,6 +89,7 @@ def open_tracker(cfg: DictConfig, folder: Path, group: str, overrides: str, reso
     """
     if cfg.kind != "wandb":
         return Tracker()
+    os.environ.setdefault("WANDB_SILENT", "true")  # read at import; the run's own settings do not reach artifacts
     import wandb
 
     run = wandb.init(
