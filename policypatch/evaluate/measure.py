@@ -108,5 +108,5 @@ def rows_of(
 def _against(ours: Measured, base: Measured, settings: Settings) -> dict[str, float]:
     """Arm minus base: the figures' difference with its paired interval, and a paired test over prompts."""
     delta, low, high = ours.metric.difference(base.metric, settings.level, settings.resamples, settings.seed)
-    test = paired_difference(ours.metric.per_prompt().numpy(), base.metric.per_prompt().numpy(), settings.seed)
+    test = paired_difference(ours.metric.tested_values().numpy(), base.metric.tested_values().numpy(), settings.seed)
     return {"delta": delta, "delta_low": low, "delta_high": high, "p_value": test.p_value}

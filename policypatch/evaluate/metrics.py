@@ -71,8 +71,12 @@ class PerPromptMetric(Metric, ABC):
         return torch.tensor(self._statistic(self._units().reshape(1, -1))[0], dtype=torch.float64)
 
     def per_prompt(self) -> Tensor:
-        """Return what a paired test compares: (N,) in the order of update, NaN where there is none."""
+        """Return each prompt's value: (N,) in the order of update, NaN where there is none."""
         return torch.from_numpy(self._per_prompt(self._array()))
+
+    def tested_values(self) -> Tensor:
+        """Return what the paired test compares: (N,), `per_prompt` unless the metric has a better scale for it."""
+        return self.per_prompt()
 
     def interval(self, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
         """Return low and high: percentile bootstrap over prompts, each drawn with all its k samples.
@@ -216,6 +220,10 @@ class Perplexity(PerPromptMetric):
         if statistic not in ("mean", "median"):
             raise PolicyPatchError(f"Perplexity: statistic is mean or median, not {statistic!r}")
         self.statistic = statistic
+
+    def tested_values(self) -> Tensor:
+        """Return log perplexities: a test of means is deaf on a scale where one prompt can outweigh all others."""
+        return self.per_prompt().log()
 
     def _per_prompt(self, rows: np.ndarray) -> np.ndarray:
         return self._statistic(np.exp(rows))

@@ -14,6 +14,7 @@ from policypatch.evaluate.metrics import (
     ToxicRate,
     TrigramOverlap,
 )
+from policypatch.evaluate.statistics import paired_difference
 from policypatch.model.completions import trigram_repetition
 
 NAN = float("nan")
@@ -215,3 +216,13 @@ def test_difference_refuses_other_prompts():
     theirs.update(torch.rand(4, 2))
     with pytest.raises(PolicyPatchError, match="cannot be paired"):
         ours.difference(theirs)
+
+
+def test_perplexity_is_tested_on_the_log_scale():
+    """Twenty prompts from 10 to 20 and one from 500 to 10: the mean falls, but nearly every prompt rises."""
+    ours, theirs = Perplexity("median"), Perplexity("median")
+    ours.update(torch.log(torch.tensor([[20.0]] * 20 + [[10.0]])))
+    theirs.update(torch.log(torch.tensor([[10.0]] * 20 + [[500.0]])))
+    difference = paired_difference(ours.tested_values().numpy(), theirs.tested_values().numpy())
+    assert difference.mean == pytest.approx((20 * math.log(2) + math.log(10 / 500)) / 21)
+    assert difference.p_value < 0.05 < paired_difference(ours.per_prompt().numpy(), theirs.per_prompt().numpy()).p_value
