@@ -60,7 +60,7 @@ class PairData(L.LightningDataModule):
         completions: 1 for SFT (chosen only), 2 for DPO.
         build: packs items into a tree (the backbone's `tree`).
         reference: (pairs, 2) log-probabilities under the reference, or None.
-        held_out: share of the pairs kept for the validation figures, at least one pair when > 0.
+        held_out: share of the prompts whose pairs are kept for the validation figures; at least one when > 0.
     """
 
     def __init__(
@@ -79,9 +79,7 @@ class PairData(L.LightningDataModule):
             raise PolicyPatchError("there are no pairs to train on: loosen teacher.filter or give more prompts")
         self.items, self.batch_size, self.steps, self.seed = list(items), batch_size, steps, seed
         self.completions, self.build, self.reference = completions, build, reference
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-        kept_back = min(len(items) - 1, max(1, round(held_out * len(items)))) if held_out > 0 else 0
-        self.validation, self.training = sorted(order[:kept_back]), sorted(order[kept_back:])
+        self.training, self.validation = _split(self.items, held_out, seed)
 
     def batch(self, pairs: Sequence[int]) -> Batch:
         """The batch of these pair numbers."""
@@ -104,6 +102,17 @@ class PairData(L.LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch; Lightning does not know our type."""
         return batch.to(device)
+
+
+def _split(items: Sequence[Item], held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the pairs to train on and of those held out, split by prompt: a prompt's pairs resemble each other."""
+    prompts = list(dict.fromkeys(item.prompt for item in items))
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(len(prompts) - 1, max(1, round(held_out * len(prompts)))) if held_out > 0 else 0
+    kept_back = {prompts[i] for i in order[:count]}
+    numbers = range(len(items))
+    training = [i for i in numbers if items[i].prompt not in kept_back]
+    return training, [i for i in numbers if items[i].prompt in kept_back]
 
 
 class _Batches(Dataset[Batch]):

@@ -106,3 +106,12 @@ def test_the_loader_gives_every_step_once_and_starts_at_the_trainers_step():
 def test_no_pairs_are_refused():
     with pytest.raises(PolicyPatchError, match="no pairs to train on"):
         pair_data(0)
+
+
+def test_no_prompt_is_on_both_sides_of_the_split():
+    items = [Item((i // 3, 7), ((1, 2), (3, 4))) for i in range(30)]  # three pairs of each of ten prompts
+    data = PairData(items, 4, 2, seed=0, completions=2, build=lambda items: None, held_out=0.2)
+    held_out, trained = ({items[i].prompt for i in side} for side in (data.validation, data.training))
+    assert not held_out & trained
+    assert len(held_out) == 2
+    assert sorted(data.validation + data.training) == list(range(30))
