@@ -8,7 +8,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+# One mark for each choice of torch, so that another choice installs.
+READY := $(VENV)/.ready-$(firstword $(shell printf %s "$(TORCH)" | cksum))
 ARGS ?=
 
 .PHONY: demo test lint check bench slow clean

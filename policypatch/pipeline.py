@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,34 +14,34 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
 
 from policypatch.data.datamodule import PairData, encode_pair
 from policypatch.data.pairs import save_pairs
+from policypatch.data.prompts import normalise
 from policypatch.data.teachers import PairSet, Teacher, TeacherContext
 from policypatch.errors import PolicyPatchError
-from policypatch.evaluate.arms import Protocol, evaluate_arms
+from policypatch.evaluate.arms import SamplingPlan, evaluate_arms
 from policypatch.evaluate.scorecard import Scorecard
 from policypatch.files.atomic import read_json, write_json, write_text
 from policypatch.files.cache import content_key, counters, entry, reset_counters
 from policypatch.logs import quiet_libraries
 from policypatch.model.backbone import PrefixBackbone
-from policypatch.model.base import Base, check_source, load_base
+from policypatch.model.base import Base
 from policypatch.model.sampling import Sampling
 from policypatch.model.tree import Item
 from policypatch.patch import artifact, initialise
 from policypatch.patch.manifest import Manifest
+from policypatch.patch.peft_layout import save_peft
+from policypatch.prepare import prepare
 from policypatch.report.headline import headline
 from policypatch.report.run_report import write_report
 from policypatch.report.table import scorecard_table
 from policypatch.report.tracking import Tracker, open_tracker
 from policypatch.settings import check
-from policypatch.train.dpo_module import DPOModule, Preference
+from policypatch.train.dpo_module import DPOModule, PreferenceSettings
 from policypatch.train.reference import reference_logprobs
 from policypatch.train.sft_module import SFTModule
 from policypatch.train.stage import optimisation, run_stage
@@ -69,21 +70,29 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
     started = datetime.now(UTC)
     reset_counters()
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    _claim_folder(folder, resolved)
+    _refuse_foreign_folder(folder, resolved)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     clock = Clock()
     tracker = open_tracker(cfg.logger, folder, cfg.name, overrides, resolved)
     status = 1
     try:
         with clock("load"):
-            base, risk, teacher = _load(cfg)
+            base, scorer, risk, teacher = prepare(cfg)
+            write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
         with clock("pairs"):
             pair_set = _pairs(cfg, base, risk, teacher)
             save_pairs(folder / "pairs.jsonl", pair_set.pairs)
             eos = next(iter(base.eos), None)
             items = [
-                encode_pair(p, base.encode, eos, cfg.data.max_prompt_tokens, cfg.data.max_completion_tokens)
-                for p in pair_set.pairs
+                encode_pair(
+                    pair,
+                    base.encode_prompt,
+                    base.encode,
+                    eos,
+                    cfg.data.max_prompt_tokens,
+                    cfg.data.max_completion_tokens,
+                )
+                for pair in pair_set.pairs
             ]
         arms: dict[str, Tensor | None] = {"base": None}
         backbone = PrefixBackbone(base.model, _initial_vectors(cfg, base), cfg.row_tokens)
@@ -94,26 +103,23 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
             with clock("dpo"):
                 arms["patch"] = _dpo(cfg, base, backbone, items, folder, tracker)
         with clock("evaluate"):
-            scorer = base if cfg.scorer.name == "base" else load_base(cfg.scorer, "scorer")
-            how = Protocol(
+            plan = SamplingPlan(
                 cfg.evaluate.k,
                 cfg.evaluate.seed,
                 Sampling(**cfg.evaluate.sampling),
                 cfg.evaluate.ppl_samples,
                 cfg.decode_rows,
             )
-            made, scorecard = evaluate_arms(
-                base, scorer, cfg.scorer.name, risk, teacher.filter_judges, arms, how, folder
-            )
+            scorecard = evaluate_arms(base, scorer, cfg.scorer.name, risk, teacher.filter_judges, arms, plan, folder)
         with clock("package"):
             _package(cfg, base, arms, risk, pair_set, scorecard, resolved, started, folder)
         write_json(folder / "run.json", _record(started, clock, pair_set, arguments))
         write_report(folder)
-        tracker.finish_run(scorecard, made, folder)
+        tracker.finish_run(scorecard, folder)
         status = 0
     finally:
         tracker.close(status)
-    _say(scorecard, folder)
+    _say(scorecard, folder, cfg.evaluate.level)
     return scorecard
 
 
@@ -132,88 +138,36 @@ class Clock:
         self.seconds[part] = round(time.monotonic() - start, 2)
 
 
-def _claim_folder(folder: Path, resolved: Any) -> None:
-    """Write config.yaml, or refuse a folder that holds a run of another configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _refuse_foreign_folder(folder: Path, resolved: Any) -> None:
+    """Refuse a folder that holds a run of another configuration."""
     path = folder / "config.yaml"
-    text = OmegaConf.to_yaml(OmegaConf.create(resolved))
     # Where a run is logged changes nothing in it, and it may be resumed with another logger.
     if path.is_file() and _but_logger(OmegaConf.load(path)) != _but_logger(resolved):
         raise PolicyPatchError(f"{folder} holds a run of another configuration: choose another name=, or remove it")
-    write_text(path, text)
 
 
 def _but_logger(config: Any) -> dict[str, Any]:
     return {key: value for key, value in dict(config).items() if key != "logger"}
 
 
-def _load(cfg: DictConfig) -> tuple[Base, Any, Teacher]:
-    """Base, risk and teacher, and every check that needs them but no training."""
-    if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
-        raise PolicyPatchError("trainer=gpu needs a CUDA GPU, and there is none: use trainer=cpu")
-    risk, teacher = _made(cfg.risk, "risk"), _made(cfg.teacher, "teacher")
-    if cfg.dpo.enabled and cfg.dpo.reference == "teacher" and not teacher.has_likelihood:
-        raise PolicyPatchError(
-            f"dpo.reference=teacher needs a teacher with log-probabilities of its own, which {teacher.name} has not: "
-            "use dpo.reference=sft or base"
-        )
-    _ = risk.evaluation_prompts, risk.training_prompts  # a missing file ends the run here
-    for judge in risk.judges.values():
-        judge.score(["A text."])  # one that cannot be had must not be found missing after the training
-    if cfg.scorer.name != "base":
-        check_source(cfg.scorer, "scorer")
-    base = load_base(cfg.model)
-    _check_context(cfg, base, risk)
-    return base, risk, teacher
-
-
-def _made(cfg: DictConfig, key: str) -> Any:
-    """What a config group describes; Hydra wraps what its constructor says."""
-    try:
-        return instantiate(cfg)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, PolicyPatchError):
-            raise cause from error
-        raise PolicyPatchError(f"{key} cannot be made: {' '.join(str(cause or error).split())}") from error
-
-
-def _check_context(cfg: DictConfig, base: Base, risk: Any) -> None:
-    """Refuse what does not fit into the base's positions, whether trained or decoded."""
-    if base.context is None:
-        return
-    trained = cfg.data.max_prompt_tokens + cfg.data.max_completion_tokens
-    if cfg.patch.length + trained > base.context:
-        raise PolicyPatchError(
-            f"patch.length is {cfg.patch.length}: with prompts and completions of up to {trained} tokens it exceeds "
-            f"the context of {cfg.model.name} ({base.context}); shorten patch.length, data.max_prompt_tokens or "
-            "data.max_completion_tokens"
-        )
-    decoded = [("risk.evaluation", risk.evaluation_prompts, cfg.patch.length, cfg.evaluate.sampling.max_new_tokens)]
-    if new := OmegaConf.select(cfg, "teacher.sampling.max_new_tokens"):
-        decoded.append(("risk.train", risk.training_prompts, 0, new))
-    for key, prompts, vectors, new in decoded:
-        longest = max(len(base.encode(prompt)) for prompt in prompts)
-        if vectors + longest + new > base.context:
-            raise PolicyPatchError(
-                f"{key} has a prompt of {longest} tokens: with {vectors} vectors before and {new} new tokens after it "
-                f"exceeds the context of {cfg.model.name} ({base.context}); shorten prompts, patch or max_new_tokens"
-            )
-
-
 def _pairs(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher) -> PairSet:
     """The teacher's pairs, made once for everything they depend on."""
+    evaluation = {normalise(prompt) for prompt in risk.evaluation_prompts}
     context = TeacherContext(base, risk.training_prompts, risk.judges, cfg.seed, cfg.decode_rows)
     about = teacher.identity() | {
         "base": asdict(base.identity),
         "dtype": str(base.model.dtype),
         "prompts": list(context.prompts),
-        "judges": {name: judge.fingerprint for name, judge in risk.judges.items() if name in teacher.filter_judges},
+        "judge_fingerprints": {
+            name: judge.fingerprint for name, judge in risk.judges.items() if name in teacher.filter_judges
+        },
         "seed": cfg.seed,
+        "eos": list(base.eos),
+        "evaluation": sorted(evaluation),
     }
 
     def build(target: Path) -> None:
-        made = teacher.pairs(context)
+        made = teacher.pairs(context).without(evaluation)
         if not made.pairs:
             raise PolicyPatchError(
                 f"no pair passed teacher.filter ({made.counts}): loosen its thresholds, raise teacher.n or give more "
@@ -250,10 +204,12 @@ def _dpo(
     cfg: DictConfig, base: Base, backbone: PrefixBackbone, items: list[Item], folder: Path, tracker: Tracker
 ) -> Tensor:
     """Stage 2; returns the final patch."""
+    # The reference is this backbone's own patch as it is now, after stage 1, or no patch at all; a teacher's own
+    # likelihood is refused in `prepare`.
     reference_patch = backbone.patch.detach()[:0] if cfg.dpo.reference == "base" else backbone.patch.detach().clone()
     reference = reference_logprobs(base, reference_patch, items, cfg.row_tokens)
     data = PairData(items, cfg.dpo.batch_size, cfg.dpo.steps, cfg.seed, 2, backbone.tree, reference, cfg.data.held_out)
-    preference = Preference(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.kl_weight, cfg.dpo.label_smoothing)
+    preference = PreferenceSettings(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.kl_weight, cfg.dpo.label_smoothing)
     module = DPOModule(backbone, optimisation(cfg.dpo), preference)
     run_stage(module, data, cfg.dpo, cfg.trainer, folder, tracker.loggers("dpo"))
     return backbone.patch.detach().clone()
@@ -286,13 +242,16 @@ def _package(
         scorecard=[asdict(row) for row in scorecard],
         packages={name: version(name) for name in PACKAGES},
     )
-    artifact.save(artifact.Patch(vectors, manifest), folder / "patch")
+    patch = artifact.Patch(vectors, manifest)
+    artifact.save(patch, folder / "patch")
+    heads = base.model.config.num_attention_heads, base.model.config.num_hidden_layers
+    save_peft(patch, folder / "peft", num_attention_heads=heads[0], num_layers=heads[1])
 
 
 def _record(started: datetime, clock: Clock, pair_set: PairSet, arguments: list[str]) -> dict[str, Any]:
     return {
         "started": started.isoformat(timespec="seconds"),
-        "command": " ".join(["python run.py", *arguments]),
+        "command": shlex.join(["python", "run.py", *arguments]),
         "seconds": clock.seconds,
         "versions": {name: version(name) for name in PACKAGES},
         "pairs": pair_set.counts,
@@ -300,12 +259,12 @@ def _record(started: datetime, clock: Clock, pair_set: PairSet, arguments: list[
     }
 
 
-def _say(scorecard: Scorecard, folder: Path) -> None:
+def _say(scorecard: Scorecard, folder: Path, level: float) -> None:
     """The scorecard and where everything is, for whoever waited."""
     console = Console()
     rows = [asdict(row) for row in scorecard]
-    console.print(scorecard_table(rows))
-    console.print(headline(rows))
+    console.print(scorecard_table(rows, level))
+    console.print(headline(rows, level))
     hits = read_json(folder / "run.json")["cache"]
     console.print("cache: " + ", ".join(f"{k} {v['hits']} hit {v['misses']} made" for k, v in sorted(hits.items())))
     console.print(f"run folder: {folder}", soft_wrap=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -17,81 +17,61 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from policypatch.errors import PolicyPatchError
+from policypatch.errors import Number, PolicyPatchError
 
-# key -> (least value, whether that value itself is allowed)
-LOWER_BOUNDS: dict[str, tuple[float, bool]] = {
-    "seed": (0, True),
-    "patch.length": (1, True),
-    "data.max_prompt_tokens": (1, True),
-    "data.max_completion_tokens": (1, True),
-    "data.held_out": (0, True),
-    "evaluate.k": (1, True),
-    "evaluate.ppl_samples": (1, True),
-    "evaluate.seed": (0, True),
-    "evaluate.sampling.temperature": (0, True),
-    "evaluate.sampling.top_p": (0, False),
-    "evaluate.sampling.max_new_tokens": (1, True),
-    "evaluate.sampling.min_new_tokens": (0, True),
-    "evaluate.level": (0, False),
-    "evaluate.resamples": (100, True),
-    "decode_rows": (1, True),
-    "row_tokens": (16, True),
-    "trainer.devices": (1, True),
-    "trainer.checkpoint_every": (1, True),
-    "trainer.validate_every": (1, True),
-    "dpo.beta": (0, False),
-    "dpo.nll_weight": (0, True),
-    "dpo.kl_weight": (0, True),
-    "dpo.label_smoothing": (0, True),
+NUMBERS: dict[str, Number] = {
+    "seed": Number(least=0, most=2**32 - 1, whole=True),
+    "patch.length": Number(least=1, whole=True),
+    "data.max_prompt_tokens": Number(least=1, whole=True),
+    "data.max_completion_tokens": Number(least=1, whole=True),
+    "data.held_out": Number(least=0, most=0.9),
+    "dpo.beta": Number(above=0),
+    "dpo.nll_weight": Number(least=0),
+    "dpo.kl_weight": Number(least=0),
+    "dpo.label_smoothing": Number(least=0, most=0.499),
+    "evaluate.prompts": Number(least=1, whole=True, null=True),
+    "evaluate.k": Number(least=1, whole=True),
+    "evaluate.seed": Number(least=0, whole=True),
+    "evaluate.ppl_samples": Number(least=1, whole=True),
+    "evaluate.level": Number(above=0, most=0.9999),
+    "evaluate.resamples": Number(least=100, whole=True),
+    "decode_rows": Number(least=1, whole=True),
+    "row_tokens": Number(least=16, whole=True),
+    # Lightning would start the command line again for every further device, a sweep included.
+    "trainer.devices": Number(least=1, most=1, whole=True),
+    "trainer.checkpoint_every": Number(least=1, whole=True),
+    "trainer.validate_every": Number(least=1, whole=True),
 } | {
-    f"{stage}.{key}": bound
+    f"{stage}.{key}": number
     for stage in ("sft", "dpo")
-    for key, bound in {
-        "steps": (1, True),
-        "batch_size": (1, True),
-        "lr": (0.0, False),
-        "clip": (0.0, False),
-        "warmup": (0.0, True),
-        "weight_decay": (0.0, True),
+    for key, number in {
+        "steps": Number(least=1, whole=True),
+        "batch_size": Number(least=1, whole=True),
+        "lr": Number(above=0),
+        "clip": Number(above=0),
+        "warmup": Number(least=0, most=1),
+        "weight_decay": Number(least=0),
     }.items()
 }
-UPPER_BOUNDS = {
-    "seed": 2**32 - 1,
-    "data.held_out": 0.9,
-    "sft.warmup": 1,
-    "dpo.warmup": 1,
-    "dpo.label_smoothing": 0.499,
-    "evaluate.sampling.top_p": 1,
-    "evaluate.level": 0.9999,
-    "trainer.devices": 1,  # Lightning would start the command line again for every further device, a sweep included
+# Those that only some options of their group have.
+OPTIONAL_NUMBERS = {
+    "init.scale": Number(above=0),
+    "risk.settings.threshold": Number(above=0, below=1),
 }
-WHOLE = {
-    "seed",
-    "patch.length",
-    "data.max_prompt_tokens",
-    "data.max_completion_tokens",
-    "evaluate.seed",
-    "evaluate.k",
-    "evaluate.ppl_samples",
-    "evaluate.resamples",
-    "evaluate.sampling.max_new_tokens",
-    "evaluate.sampling.min_new_tokens",
-    "decode_rows",
-    "row_tokens",
-    "trainer.devices",
-    "trainer.checkpoint_every",
-    "trainer.validate_every",
-} | {f"{stage}.{key}" for stage in ("sft", "dpo") for key in ("steps", "batch_size")}
 CHOICES = {
     "sft.decay": ("linear", "cosine", "constant"),
     "dpo.decay": ("linear", "cosine", "constant"),
     "dpo.reference": ("teacher", "sft", "base"),
     "init.kind": ("text", "vocab", "random"),
     "logger.kind": ("wandb", "csv"),
+    "trainer.accelerator": ("cpu", "gpu"),
 }
-# What the manifest allows (patch/manifest.schema.json), asked for before training rather than after it.
 PATTERNS = {
+    "name": (
+        r"(?!\.+(/|$))[A-Za-z0-9._-]+(/(?!\.+(/|$))[A-Za-z0-9._-]+)*",
+        "a folder's name of letters, digits, dots, dashes and underscores, or several with / between them",
+    ),
+    # What the manifest allows (patch/manifest.schema.json), asked for before training rather than after it.
     "patch.name": (r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "letters, digits, dots, dashes and underscores"),
     "patch.version": (
         r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?",
@@ -108,25 +88,18 @@ def check(cfg: DictConfig) -> None:
     """
     if missing := OmegaConf.missing_keys(cfg):
         raise PolicyPatchError(f"{sorted(missing)[0]} is not set: give it a value on the command line")
-    for key, (least, inclusive) in LOWER_BOUNDS.items():
-        value = OmegaConf.select(cfg, key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise PolicyPatchError(f"{key} is {value!r}: it must be a number")
-        if key in WHOLE and not isinstance(value, int):
-            raise PolicyPatchError(f"{key} is {value}: it must be a whole number")
-        if value < least or (value == least and not inclusive):
-            raise PolicyPatchError(
-                f"{key} is {value}: it must be {'at least' if inclusive else 'greater than'} {least}"
-            )
-    for key, most in UPPER_BOUNDS.items():
-        if OmegaConf.select(cfg, key) > most:
-            raise PolicyPatchError(f"{key} is {OmegaConf.select(cfg, key)}: it must be at most {most}")
+    for key, number in NUMBERS.items():
+        number.check(key, OmegaConf.select(cfg, key))
+    for key, number in OPTIONAL_NUMBERS.items():
+        if (value := OmegaConf.select(cfg, key, default=_ABSENT)) is not _ABSENT:
+            number.check(key, value)
     for key, allowed in CHOICES.items():
         if OmegaConf.select(cfg, key) not in allowed:
             raise PolicyPatchError(f"{key} is {OmegaConf.select(cfg, key)!r}: choose {', '.join(allowed)}")
     for key, (pattern, what) in PATTERNS.items():
-        if not re.fullmatch(pattern, str(OmegaConf.select(cfg, key)), re.ASCII):
-            raise PolicyPatchError(f"{key} is {OmegaConf.select(cfg, key)!r}: give {what}")
+        value = OmegaConf.select(cfg, key)
+        if value is None or not re.fullmatch(pattern, str(value), re.ASCII):
+            raise PolicyPatchError(f"{key} is {value!r}: give {what}")
     for stage in ("sft", "dpo"):
         betas = cfg[stage].betas
         if not (OmegaConf.is_list(betas) and len(betas) == 2 and all(_is_share(b) for b in betas)):
@@ -141,6 +114,45 @@ def check(cfg: DictConfig) -> None:
         raise PolicyPatchError(
             f"evaluate.ppl_samples is {cfg.evaluate.ppl_samples}: at most evaluate.k ({cfg.evaluate.k})"
         )
+    for key, kind in _sections(cfg).items():
+        _check_section(cfg, key, kind)
+
+
+def _sections(cfg: DictConfig) -> dict[str, type]:
+    """The blocks that a dataclass stands for. A teacher or risk of the user's own may have blocks of its own."""
+    # Here, as they import torch: a misspelt key is refused without waiting for it.
+    from policypatch.data.pairs import PairFilter
+    from policypatch.data.prompts import PromptSet
+    from policypatch.model.sampling import Sampling
+
+    found: dict[str, type] = {"evaluate.sampling": Sampling}
+    if str(OmegaConf.select(cfg, "teacher._target_")).startswith("policypatch."):
+        kinds: dict[str, type] = {"sampling": Sampling, "filter": PairFilter}
+        found |= {f"teacher.{name}": kind for name, kind in kinds.items() if name in cfg.teacher}
+    target = f"{PromptSet.__module__}.{PromptSet.__qualname__}"
+    return found | {
+        f"risk.{name}": PromptSet for name in cfg.risk if OmegaConf.select(cfg, f"risk.{name}._target_") == target
+    }
+
+
+def _check_section(cfg: DictConfig, key: str, kind: type) -> None:
+    """Refuse what the dataclass refuses, and keys that it has not, by their full names."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    section = OmegaConf.select(cfg, key)
+    if not OmegaConf.is_dict(section):
+        raise PolicyPatchError(f"{key} is {section!r}: it must hold {', '.join(fields)}")
+    resolved = OmegaConf.to_container(section, resolve=True)
+    assert isinstance(resolved, dict)
+    given = {str(name): value for name, value in resolved.items() if name != "_target_"}
+    if unknown := [name for name in given if name not in fields]:
+        raise PolicyPatchError(f"there is no key {key}.{unknown[0]}: choose from {', '.join(fields)}")
+    for name, field in fields.items():
+        if name not in given and field.default is dataclasses.MISSING:
+            raise PolicyPatchError(f"{key}.{name} is not set: give it a value")
+    try:
+        kind(**given)
+    except PolicyPatchError as error:
+        raise PolicyPatchError(f"{key}.{error}") from error
 
 
 def _is_share(value: Any) -> bool:

@@ -41,6 +41,11 @@ def refusal(*arguments: str, multirun: bool = False) -> str:
         ["dpo.reference=base", "sft.enabled=false"],
         ["dpo.enabled=false"],
         ["evaluate.prompts=null"],
+        ["evaluate.sampling.temperature=0", "evaluate.sampling.min_new_tokens=20", "evaluate.sampling.top_p=1"],
+        ["teacher.filter.margin=0", "teacher.filter.min_tokens=0", "teacher.filter.chosen_at_most=1"],
+        ["risk.train.limit=5", "risk.train.take=all"],
+        ["name=sweeps/a-b_c.1/x..y"],
+        ["trainer=gpu"],
     ],
 )
 def test_what_users_write_is_accepted(arguments: list[str]):
@@ -138,6 +143,37 @@ def test_an_unknown_option_lists_those_there_are(argument: str, options: str):
         (["evaluate.sampling.top_p=1.1"], ["evaluate.sampling.top_p is 1.1"]),
         (["evaluate.sampling.temperature=-1"], ["evaluate.sampling.temperature is -1"]),
         (["evaluate.sampling.max_new_tokens=0"], ["evaluate.sampling.max_new_tokens is 0"]),
+        (["evaluate.sampling=3"], ["evaluate.sampling"]),
+        (["evaluate.sampling=null"], ["evaluate.sampling is None", "temperature, top_p"]),
+        (["evaluate.sampling.top_p=foo"], ["evaluate.sampling.top_p is 'foo'", "number, greater than 0 and at most 1"]),
+        (["evaluate.sampling.min_new_tokens=50"], ["evaluate.sampling.min_new_tokens is 50", "max_new_tokens (20)"]),
+        (["+evaluate.sampling.top_k=5"], ["no key evaluate.sampling.top_k", "temperature, top_p"]),
+        (["evaluate.prompts=ten"], ["evaluate.prompts is 'ten'", "whole number, at least 1, or null"]),
+        (["evaluate.prompts=0"], ["evaluate.prompts is 0"]),
+        (["evaluate.prompts=1.5"], ["evaluate.prompts is 1.5", "whole number"]),
+        (["teacher.sampling.top_p=-1"], ["teacher.sampling.top_p is -1", "greater than 0 and at most 1"]),
+        (["teacher.sampling.max_new_tokens=0"], ["teacher.sampling.max_new_tokens is 0", "at least 1"]),
+        (["teacher.sampling.temperature=-0.1"], ["teacher.sampling.temperature is -0.1", "at least 0"]),
+        (["+teacher.sampling.top_k=5"], ["no key teacher.sampling.top_k", "temperature, top_p"]),
+        (["teacher.filter.margin=foo"], ["teacher.filter.margin is 'foo'", "number, at least 0 and at most 1"]),
+        (["teacher.filter.per_prompt=-1"], ["teacher.filter.per_prompt is -1", "at least 1"]),
+        (["+teacher.filter.most=1"], ["no key teacher.filter.most", "margin, chosen_at_most"]),
+        (["risk.train.limit=-3"], ["risk.train.limit is -3", "at least 1, or null"]),
+        (["risk.evaluation.limit=many"], ["risk.evaluation.limit is 'many'", "whole number"]),
+        (["risk.train.take=second_half"], ["risk.train.take is 'second_half'", "all or first_half"]),
+        (["~risk.train.source"], ["risk.train.source is not set"]),
+        (["risk.settings.threshold=7"], ["risk.settings.threshold is 7", "greater than 0 and less than 1"]),
+        (["risk.settings.threshold=1"], ["risk.settings.threshold is 1"]),
+        (["init=random", "init.scale=-1"], ["init.scale is -1", "greater than 0"]),
+        (["trainer.accelerator=tpu"], ["trainer.accelerator is 'tpu'", "cpu, gpu"]),
+        (["name=a/../../b"], ["name is 'a/../../b'", "folder"]),
+        (["name=.."], ["name is '..'"]),
+        (["name=./a"], ["name is './a'"]),
+        (["name=/tmp/a"], ["name is '/tmp/a'"]),
+        (["name=a//b"], ["name is 'a//b'"]),
+        (["name=a/"], ["name is 'a/'"]),
+        (["name='a b'"], ["name is 'a b'"]),
+        (["name=null"], ["name is None"]),
         (["seed=-1"], ["seed is -1"]),
         (["trainer.devices=2"], ["trainer.devices is 2", "at most 1"]),
         (["trainer.checkpoint_every=0"], ["trainer.checkpoint_every is 0"]),
@@ -181,6 +217,11 @@ def test_check_names_the_key_of_a_composed_config():
     cfg.dpo.beta = 0
     with pytest.raises(PolicyPatchError, match=r"dpo\.beta is 0"):
         check(cfg)
+
+
+def test_a_teacher_of_ones_own_may_mean_something_else_by_a_filter():
+    cfg = hydra.compose("config", ["teacher._target_=mine.Teacher", "+teacher.filter.most=1"])
+    check(cfg)
 
 
 def test_folder_names_of_a_sweep_hold_what_varies_and_no_paths():

@@ -9,6 +9,7 @@ import wandb
 from tiny_run import composed, overrides
 from wandb.proto import wandb_internal_pb2
 
+from policypatch.files.atomic import read_jsonl, write_jsonl
 from policypatch.pipeline import run
 
 
@@ -58,6 +59,7 @@ def test_a_run_leaves_an_offline_record(tiny_base_folder, tmp_path: Path):
     found = records(tmp_path / "run")
 
     (start,) = of_kind(found, "run")[:1]
+    assert start.run_id == (tmp_path / "run" / "wandb_id").read_text().strip()
     assert (start.run_group, start.display_name, start.project) == ("sweep-7", "patch.length=3", "tests")
     config = {item.key: json.loads(item.value_json) for item in start.config.update}
     assert config["patch"]["length"] == 3
@@ -75,12 +77,19 @@ def test_a_run_leaves_an_offline_record(tiny_base_folder, tmp_path: Path):
     for record in of_kind(found, "summary"):
         summary |= values(record.update)
     assert summary["patch/toxic_rate/svm"] == card.find(arm="patch", metric="toxic_rate", judge="svm").value
+    row = card.find(arm="patch", metric="toxic_rate", judge="svm")
+    assert (summary["patch/toxic_rate/svm/low"], summary["patch/toxic_rate/svm/high"]) == (row.low, row.high)
     assert summary["base/trigram_overlap"] == card.find(arm="base", metric="trigram_overlap").value
 
     (table_path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/files/media/table/samples*.table.json")
     table = json.loads(table_path.read_text())
-    assert table["columns"] == ["prompt_id", "prompt", "arm", "text"]
-    assert len(table["data"]) == 3 * 8
+    own = ["prompt_id", "prompt", "arm", "sample", "text"]
+    assert table["columns"] == [*own, "score/svm", "score/other", "ppl"]
+    first = [s for s in read_jsonl(tmp_path / "run" / "samples.jsonl") if s["sample"] == 0]
+    assert len(first) == 3 * 8
+    assert table["data"] == [
+        [*(s[name] for name in own), s["scores"]["svm"], s["scores"]["other"], s["ppl"]] for s in first
+    ]
 
     (artifact,) = [a for a in of_kind(found, "artifact") if a.type == "patch"]
     files = {content.path for content in artifact.manifest.contents}
@@ -106,7 +115,7 @@ def test_a_failed_run_is_recorded_as_failed(tiny_base_folder, tmp_path: Path, mo
     assert of_kind(found, "run")[0].display_name == "default"
 
 
-def test_the_environment_decides_the_mode_and_the_folder_the_id(tmp_path: Path, monkeypatch):
+def test_the_environment_decides_the_mode_and_the_folder_keeps_the_id(tmp_path: Path, monkeypatch):
     from types import SimpleNamespace
 
     from policypatch.report.tracking import open_tracker
@@ -120,7 +129,23 @@ def test_the_environment_decides_the_mode_and_the_folder_the_id(tmp_path: Path, 
     open_tracker(cfg, tmp_path / "b", "group", "", {})
     assert [options["mode"] for options in asked] == ["offline", "disabled", "disabled"]
     assert asked[0]["id"] == asked[1]["id"] != asked[2]["id"]
+    (tmp_path / "a" / "wandb_id").unlink()  # a sweep that is done again in the same place is another run
+    open_tracker(cfg, tmp_path / "a", "group", "", {})
+    assert asked[3]["id"] not in {options["id"] for options in asked[:3]}
     assert all(options["resume"] == "allow" for options in asked)
+
+
+def test_the_table_holds_the_first_continuations_of_fifty_prompts(tmp_path: Path):
+    from policypatch.report.tracking import samples_table
+
+    row = {"prompt": "p", "text": "t", "scores": {"svm": 0.2}, "ppl": None}
+    write_jsonl(
+        tmp_path / "samples.jsonl",
+        [row | {"prompt_id": i, "arm": arm, "sample": s} for arm in "ab" for i in range(60) for s in range(2)],
+    )
+    columns, rows = samples_table(tmp_path / "samples.jsonl")
+    assert columns == ["prompt_id", "prompt", "arm", "sample", "text", "score/svm", "ppl"]
+    assert rows == [[i, "p", arm, 0, "t", 0.2, None] for arm in "ab" for i in range(50)]
 
 
 def test_logger_csv_starts_no_wandb_run(tmp_path: Path, monkeypatch):

@@ -32,10 +32,24 @@ class Batch:
 
 
 def encode_pair(
-    pair: Pair, encode: Encode, eos: int | None, max_prompt_tokens: int, max_completion_tokens: int
+    pair: Pair,
+    encode_prompt: Encode,
+    encode: Encode,
+    eos: int | None,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
 ) -> Item:
-    """A pair as token ids. The end of a prompt and the beginning of a completion are what is kept when cut."""
-    prompt = encode(pair.prompt)[-max_prompt_tokens:]
+    """A pair as token ids. The end of a prompt and the beginning of a completion are what is kept when cut.
+
+    Args:
+        pair: the texts.
+        encode_prompt: tokenises what a sequence begins with (`Base.encode_prompt`).
+        encode: tokenises what follows (`Base.encode`).
+        eos: appended to a completion that ended itself; None where the base has no such token.
+        max_prompt_tokens: limit of the prompt.
+        max_completion_tokens: limit of each completion.
+    """
+    prompt = encode_prompt(pair.prompt)[-max_prompt_tokens:]
     return Item(
         tuple(prompt),
         tuple(_encode_text(side, encode, eos, max_completion_tokens) for side in (pair.chosen, pair.rejected)),

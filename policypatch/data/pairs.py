@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from policypatch.errors import PolicyPatchError
+from policypatch.errors import Number, PolicyPatchError
 from policypatch.files.atomic import read_jsonl, write_jsonl
 
 
@@ -47,6 +47,9 @@ class PairFilter:
         min_tokens: shorter candidates are neither chosen nor rejected, and empty ones never are.
         max_repetition: a candidate with a larger share of repeated trigrams is not chosen.
         per_prompt: at most this many pairs of one prompt, each candidate used once.
+
+    Raises:
+        PolicyPatchError: a field that no filter could use.
     """
 
     margin: float = 0.3
@@ -55,6 +58,13 @@ class PairFilter:
     min_tokens: int = 5
     max_repetition: float = 0.1
     per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse bad values where they live, whoever gives them."""
+        for field in ("margin", "chosen_at_most", "rejected_at_least", "max_repetition"):
+            Number(least=0, most=1).check(field, getattr(self, field))
+        Number(least=0, whole=True).check("min_tokens", self.min_tokens)
+        Number(least=1, whole=True).check("per_prompt", self.per_prompt)
 
 
 def choose_pairs(
@@ -88,7 +98,8 @@ def save_pairs(path: Path, pairs: Sequence[Pair]) -> None:
 def load_pairs(path: Path) -> list[Pair]:
     """Read what `save_pairs` wrote, or a user's own rows.
 
-    A row holds `prompt`, `chosen` and `rejected`; the last two are strings or objects of `Text`'s fields.
+    A row holds `prompt`, `chosen` and `rejected`. The last two are strings, which are complete responses (their end
+    is learnt, too), or objects of `Text`'s fields, where `"ended": false` marks a text that was cut off.
 
     Raises:
         PolicyPatchError: naming the file and the row that lacks a field or holds an empty or wrong one.
@@ -122,4 +133,7 @@ def _parse_text(value: object, where: str) -> Text:
         isinstance(tokens, list) and tokens and all(type(t) is int and t >= 0 for t in tokens)
     ):
         raise PolicyPatchError(f"{where}: tokens must be a list of token ids, or left out")
-    return Text(value["text"], None if tokens is None else tuple(tokens), bool(value.get("ended", False)))
+    ended = True if value.get("ended") is None else value["ended"]
+    if not isinstance(ended, bool):
+        raise PolicyPatchError(f"{where}: ended must be true or false, or left out")
+    return Text(value["text"], None if tokens is None else tuple(tokens), ended)

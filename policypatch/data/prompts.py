@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from policypatch.errors import PolicyPatchError
+from policypatch.errors import Number, PolicyPatchError
 from policypatch.files.atomic import read_jsonl
 from policypatch.files.sources import Source, fetch_all
 
@@ -23,6 +23,9 @@ class PromptSet:
         take: "all" of the text, or its "first_half" (in words, rounded down, at least one).
         limit: how many prompts at most, drawn without replacement by `seed`; None takes all.
         seed: of that draw.
+
+    Raises:
+        PolicyPatchError: a `take` or `limit` that there is not.
     """
 
     source: Source
@@ -30,6 +33,12 @@ class PromptSet:
     take: str = "all"
     limit: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse bad values where they live, whoever gives them."""
+        if self.take not in ("all", "first_half"):
+            raise PolicyPatchError(f"take is {self.take!r}: choose all or first_half")
+        Number(least=1, whole=True, null=True).check("limit", self.limit)
 
     def load(self, key: str, without: Collection[str] = ()) -> list[str]:
         """The prompts, distinct, in the order of the source.
@@ -41,10 +50,6 @@ class PromptSet:
         Raises:
             PolicyPatchError: a file or row that cannot be read, or no prompt left.
         """
-        if self.take not in ("all", "first_half"):
-            raise PolicyPatchError(f"{key}.take is {self.take!r}: choose all or first_half")
-        if self.limit is not None and self.limit < 1:
-            raise PolicyPatchError(f"{key}.limit is {self.limit}: it must be at least 1, or null for all")
         texts = self.all_texts(key)
         banned = {normalise(text) for text in without}
         prompts = [self._prompt(text) for text in texts if normalise(text) not in banned]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from typing import Protocol as Interface
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -21,7 +20,7 @@ from policypatch.model.completions import Completions, complete
 from policypatch.model.sampling import Sampling
 
 
-class MeasuredRisk(Interface):
+class MeasuredRisk(Protocol):
     """What measuring needs of a risk (`policypatch.risks`)."""
 
     name: str
@@ -40,7 +39,7 @@ class MeasuredRisk(Interface):
 
 
 @dataclass(frozen=True)
-class Protocol:
+class SamplingPlan:
     """How arms are sampled (`evaluate` in conf/config.yaml).
 
     Attributes:
@@ -65,9 +64,9 @@ def evaluate_arms(
     risk: MeasuredRisk,
     filter_judges: Sequence[str],
     arms: Mapping[str, Tensor | None],
-    how: Protocol,
+    how: SamplingPlan,
     folder: Path,
-) -> tuple[dict[str, Completions], Scorecard]:
+) -> Scorecard:
     """Measure every arm and write `samples.jsonl` and `scorecard.json`.
 
     Args:
@@ -77,26 +76,25 @@ def evaluate_arms(
         risk: prompts, judges, metrics.
         filter_judges: judges that decided which pairs were trained on.
         arms: arm -> vectors (P, D), None for the base alone; the first arm is what the others are compared with.
-        how: the protocol.
+        how: how the arms are sampled.
         folder: the run folder.
 
     Returns:
-        the completions of each arm, and the scorecard.
+        the scorecard.
     """
     prompts = risk.evaluation_prompts
     prompt_scores = {name: judge.score(prompts) for name, judge in risk.judges.items()}
-    made: dict[str, Completions] = {}
     measured: dict[str, Sequence[Measured]] = {}
     samples: list[dict[str, Any]] = []
     for arm, vectors in arms.items():
-        made[arm] = complete(base, prompts, vectors, how.k, how.sampling, how.seed, how.decode_rows, arm)
-        nll = completion_nll(scorer, made[arm], how.ppl_samples)
-        measured[arm] = risk.measure(made[arm], nll, scorer_name)
-        samples += _sample_rows(arm, made[arm], risk.judges, nll, prompt_scores)
+        made = complete(base, prompts, vectors, how.k, how.sampling, how.seed, how.decode_rows, arm)
+        nll = completion_nll(scorer, made, how.ppl_samples)
+        measured[arm] = risk.measure(made, nll, scorer_name)
+        samples += _sample_rows(arm, made, risk.judges, nll, prompt_scores)
     write_jsonl(folder / "samples.jsonl", samples)
     scorecard = Scorecard(rows_of(measured, risk.name, risk.split, filter_judges, risk.settings))
     scorecard.save(folder / "scorecard.json")
-    return made, scorecard
+    return scorecard
 
 
 def _sample_rows(

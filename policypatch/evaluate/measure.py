@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,8 @@ from policypatch.evaluate.metrics import AMT, MeanValue, Perplexity, PerPromptMe
 from policypatch.evaluate.scorecard import Row
 from policypatch.evaluate.statistics import paired_difference
 from policypatch.model.completions import Completions
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ def rows_of(
 ) -> list[Row]:
     """Scorecard rows of all arms; the first arm is the one the others are compared with, prompt by prompt.
 
+    A metric without a figure (the perplexity of an arm whose completions are all empty) gets no row but a warning.
+
     Args:
         arms: arm -> its metrics, in the same order for every arm and over the same prompts.
         risk: named in every row.
@@ -87,6 +93,10 @@ def rows_of(
     rows = []
     for arm, measured in arms.items():
         for ours, base in zip(measured, reference, strict=True):
+            value = float(ours.metric.compute())
+            if math.isnan(value):
+                log.warning("%s has no %s: no completion has a value; it is left out of the scorecard", arm, ours.name)
+                continue
             low, high = ours.metric.interval(settings.level, settings.resamples, settings.seed)
             row = Row(
                 arm=arm,
@@ -94,10 +104,10 @@ def rows_of(
                 split=split,
                 judge=ours.judge,
                 metric=ours.name,
-                value=float(ours.metric.compute()),
+                value=value,
                 low=low,
                 high=high,
-                n=len(ours.metric.per_prompt()),
+                n=ours.metric.count(),
                 filter=ours.judge in filter_judges,
                 **({} if measured is reference else _against(ours, base, settings)),
             )
@@ -106,7 +116,13 @@ def rows_of(
 
 
 def _against(ours: Measured, base: Measured, settings: Settings) -> dict[str, float]:
-    """Arm minus base: the figures' difference with its paired interval, and a paired test over prompts."""
+    """Arm minus base: the figures' difference with its paired interval, and a paired test over prompts.
+
+    Empty where no prompt has a value in both, so that nothing can be paired.
+    """
+    tested, reference = ours.metric.tested_values().numpy(), base.metric.tested_values().numpy()
+    if np.isnan(tested - reference).all():
+        return {}
     delta, low, high = ours.metric.difference(base.metric, settings.level, settings.resamples, settings.seed)
-    test = paired_difference(ours.metric.tested_values().numpy(), base.metric.tested_values().numpy(), settings.seed)
+    test = paired_difference(tested, reference, settings.seed)
     return {"delta": delta, "delta_low": low, "delta_high": high, "p_value": test.p_value}

@@ -17,23 +17,23 @@ class Row:
     """One figure of one arm. Raises PolicyPatchError when a number in it is NaN or infinite."""
 
     arm: str
-    """Whose figure: base, teacher, or a method such as patch-50."""
+    """Whose figure: base, sft or patch."""
     risk: str
     split: str
-    """Which prompts: toxic, neutral, ..."""
+    """Which prompts, e.g. rtp."""
     judge: str | None
-    """None where no judge is involved, as for perplexity."""
+    """Who judged or scored, by its key in the config; None where neither judge nor scorer is involved."""
     metric: str
     value: float
     low: float
-    """Lower end of the 95 % interval over prompts."""
+    """Lower end of the interval over prompts, whose level is `evaluate.level`."""
     high: float
     n: int
-    """Prompts that the figure rests on."""
+    """Prompts that have a value, which the figure rests on."""
     filter: bool = False
     """Whether this judge also chose the training pairs, which flatters the figure."""
     delta: float | None = None
-    """Arm minus base on the same prompts; the next two are its interval."""
+    """Arm minus base on the same prompts, None where nothing can be paired; the next two are its interval."""
     delta_low: float | None = None
     delta_high: float | None = None
     p_value: float | None = None

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from policypatch.errors import PolicyPatchError
 from policypatch.model.tree import Item, Tree, build_tree
 
-LOGIT_CHUNK = 1024  # positions whose logits stand in memory at once: 1024 x 49,152 x 4 bytes = 200 MB
+LOGIT_CHUNK = 1024  # positions computed at once: 1024 x 49,152 x 4 bytes = 200 MB where no gradient keeps them all
 
 
 class PrefixBackbone(nn.Module):

@@ -7,6 +7,8 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +69,33 @@ class Base:
         ids = [*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id]
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of what a sequence begins with: plain text behind the BOS token of a base trained with one."""
+        ids = self.tokenizer(text).input_ids
+        return ids[:-1] if ids and ids[-1] in self.eos else ids  # some tokenizers end what is to be continued
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, without the special tokens of a chat."""
+        """Token ids of text that follows other text: no special tokens."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, spaces as they are."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def decode_after(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """Text of a completion's token ids as it stands behind its prompt.
+
+        Decoded alone, it would lose its first space under SentencePiece tokenizers (Llama 2, Mistral).
+        """
+        before, whole = self.decode(prompt), self.decode([*prompt, *tokens])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(tokens)
+
 
 def load_base(cfg: DictConfig, key: str = "model") -> Base:
     """Load what `conf/model/*.yaml` describes.
 
     Args:
-        cfg: name, source or path, revision, dtype, device, attention, quantize.
+        cfg: name, source or path, dtype, device, attention, quantize.
         key: the config key named in errors.
 
     Raises:
@@ -112,15 +127,6 @@ def load_base(cfg: DictConfig, key: str = "model") -> Base:
     model.eval().requires_grad_(False)
     check_tree(model)
     return Base(model, tokenizer, identify(model, tokenizer, cfg.name, where))
-
-
-def check_source(cfg: DictConfig, key: str) -> None:
-    """Get what `load_base` will load, without loading it.
-
-    Raises:
-        PolicyPatchError: the source cannot be had, or is neither a model folder nor a GGUF file.
-    """
-    _folder(cfg, key)
 
 
 def choose_device(name: str) -> str:
@@ -195,8 +201,11 @@ def _folder(cfg: DictConfig, key: str) -> tuple[Path, str]:
     if source is None:
         raise PolicyPatchError(f"{key} says neither path nor source: set {key}.path to a folder or a GGUF file")
     path = fetch(source, name)
-    known = identity(source, name)
-    revision = str(known.get("revision") or known.get("wheel") or "local")
+    if path.is_dir() and cfg.path:
+        revision, known = "local", {}  # a folder of one's own is told by its weights; hashing it whole takes minutes
+    else:
+        known = identity(source, name)
+        revision = str(known.get("revision") or known.get("wheel") or "local")
     if path.is_file():
         if path.suffix != ".gguf":
             raise PolicyPatchError(f"{name} is {path.name}: give a model folder or a .gguf file")
@@ -224,12 +233,15 @@ def _from_gguf(path: Path, known: dict[str, Any]) -> Path:
         tokenizer.save_pretrained(folder)
         AutoConfig.from_pretrained(folder)
 
-    return entry("models", content_key(gguf=known, dtype="float32"), build, about={"gguf": known})
+    about = {"gguf": known, "dtype": "float32"} | {name: version(name) for name in ("transformers", "gguf")}
+    return entry("models", content_key(**about), build, about=about)
 
 
 def _four_bit(dtype: torch.dtype, key: str) -> Any:
     if not torch.cuda.is_available():
         raise PolicyPatchError(f"{key}.quantize=4bit needs a CUDA GPU: set {key}.quantize=null")
+    if find_spec("bitsandbytes") is None:
+        raise PolicyPatchError(f"{key}.quantize=4bit needs the package bitsandbytes: pip install 'policypatch[4bit]'")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")

@@ -26,8 +26,11 @@ from policypatch.progress import track
 
 log = logging.getLogger(__name__)
 
+SAMPLER = 1
+"""Goes up when the same settings draw other samples than before, so that those in caches are not taken for them."""
 
-class Scorer(Protocol):
+
+class CompletionJudge(Protocol):
     """The part of a judge that scoring completions needs (`policypatch.evaluate.judges.Judge` is one)."""
 
     name: str
@@ -75,7 +78,7 @@ class Completions:
         """Whether sample s of prompt i ended itself before the length limit."""
         return len(self.tokens[i][s]) < self.max_new_tokens
 
-    def scores(self, judge: Scorer) -> np.ndarray:
+    def scores(self, judge: CompletionJudge) -> np.ndarray:
         """(prompts, k) the judge's scores, kept beside the samples."""
         key = content_key(completions=self.key, judge=judge.fingerprint)
 
@@ -114,7 +117,7 @@ def complete(
 
     Args:
         base: the base; its identity is part of the key.
-        prompts: texts, encoded as they are.
+        prompts: plain texts; BOS stands before them where the base was trained with one.
         patch: (P, D) vectors in front, or None for the base alone.
         k: samples a prompt.
         sampling: how they are drawn.
@@ -130,16 +133,19 @@ def complete(
         "k": k,
         "sampling": asdict(sampling),
         "seed": seed,
+        "eos": list(base.eos),
+        "sampler": SAMPLER,
     }
     key = content_key(**about)
 
+    encoded = [base.encode_prompt(prompt) for prompt in prompts]
+
     def build(folder: Path) -> None:
-        encoded = [base.encode(prompt) for prompt in prompts]
         with track(f"sampling for {what}", len(prompts)) as advance:
             tokens = sample(base.model, encoded, patch, k, sampling, seed, base.eos, max_rows, advance)
         write_json(folder / "tokens.json", tokens)
 
     folder = entry("completions", key, build, about={n: v for n, v in about.items() if n != "prompts"})
     tokens = read_json(folder / "tokens.json")
-    texts = [[base.decode(c) for c in row] for row in tokens]
+    texts = [[base.decode_after(before, c) for c in row] for before, row in zip(encoded, tokens, strict=True)]
     return Completions(key, list(prompts), tokens, texts, sampling.max_new_tokens)

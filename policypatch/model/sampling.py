@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policypatch.errors import Number, PolicyPatchError
+
 DRAWS = 8  # candidates of a token; one more number serves the exact sort, as a rejected one is no longer uniform
 
 
@@ -31,12 +33,26 @@ class Sampling:
         top_p: nucleus mass in (0, 1]; 1 is the whole distribution.
         max_new_tokens: length limit in tokens.
         min_new_tokens: end-of-sequence is impossible before this many tokens.
+
+    Raises:
+        PolicyPatchError: a field that no sampling could use.
     """
 
     temperature: float = 1.0
     top_p: float = 0.9
     max_new_tokens: int = 20
     min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse bad values where they live, whoever gives them."""
+        Number(least=0).check("temperature", self.temperature)
+        Number(above=0, most=1).check("top_p", self.top_p)
+        Number(least=1, whole=True).check("max_new_tokens", self.max_new_tokens)
+        Number(least=0, whole=True).check("min_new_tokens", self.min_new_tokens)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise PolicyPatchError(
+                f"min_new_tokens is {self.min_new_tokens}: it must be at most max_new_tokens ({self.max_new_tokens})"
+            )
 
 
 def uniforms(seed: int, keys: list[int], steps: int) -> Tensor:

@@ -1,6 +1,6 @@
 """PEFT's prompt-tuning files: one tensor `prompt_embeddings` (L, D) float32 and `adapter_config.json`.
 
-The same numbers in and out; what PEFT has no place for (base fingerprint, scorecard) stays in the manifest.
+The numbers are the patch's own; what PEFT has no place for (base fingerprint, scorecard) stays in the manifest.
 """
 
 from __future__ import annotations

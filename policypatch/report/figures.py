@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-CUTOFF = 0.5  # a score from here on counts as toxic, as in TR (RealToxicityPrompts)
+CUTOFF = 0.5  # a score from here on counts as toxic, where the config does not say (RealToxicityPrompts)
 _WIDTH, _HEIGHT = 360, 216  # user units; text is 11 of them, so that one unit is about one CSS pixel
 _SMOOTH_FROM = 40  # points; a shorter curve is drawn as it is
 _RC: Any = {  # matplotlib types it as a dict of literal keys
@@ -93,14 +93,14 @@ def loss_curves(metrics: Iterable[Mapping[str, Any]]) -> list[Panel]:
     return [_loss_panel(stage, name, curves[stage, name]) for stage, name in sorted(curves, key=_curve_rank)]
 
 
-def score_distributions(worst: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Panel]:
+def score_distributions(worst: Mapping[str, Mapping[str, Sequence[float]]], threshold: float = CUTOFF) -> list[Panel]:
     """A panel for each judge, from the worst score of every prompt by judge and arm.
 
-    Drawn is the share of prompts whose worst continuation scores at least x: at 0.5 the curve reads
-    the toxic rate, and lower is better everywhere.
+    Drawn is the share of prompts whose worst continuation scores at least x: at the threshold the curve
+    reads the toxic rate, and lower is better everywhere.
     """
     styles = arm_styles(dict.fromkeys(arm for by_arm in worst.values() for arm in by_arm))
-    return [_distribution_panel(judge, by_arm, styles) for judge, by_arm in worst.items()]
+    return [_distribution_panel(judge, by_arm, styles, threshold) for judge, by_arm in worst.items()]
 
 
 def _curve_rank(key: tuple[str, str]) -> tuple[int, str, int, str]:
@@ -142,7 +142,9 @@ def _loss_panel(stage: str, name: str, parts: Mapping[str, list[tuple[float, flo
     return Panel(title, _svg(figure, alt, [style]), note)
 
 
-def _distribution_panel(judge: str, by_arm: Mapping[str, Sequence[float]], styles: Mapping[str, ArmStyle]) -> Panel:
+def _distribution_panel(
+    judge: str, by_arm: Mapping[str, Sequence[float]], styles: Mapping[str, ArmStyle], threshold: float
+) -> Panel:
     figure, axes = _axes()
     top = max((max(scores) for scores in by_arm.values() if scores), default=1.0)
     bottom = min((min(scores) for scores in by_arm.values() if scores), default=0.0)
@@ -158,14 +160,14 @@ def _distribution_panel(judge: str, by_arm: Mapping[str, Sequence[float]], style
         ys = [1.0, *(1 - i / len(ordered) for i in range(len(ordered))), 0.0]
         dash: Any = (0, styles[arm].dash) if styles[arm].dash else "-"
         axes.step(xs, ys, where="pre", color=styles[arm].colour, lw=1.8, ls=dash)
-        share = sum(score >= CUTOFF for score in scores) / len(scores)
+        share = sum(score >= threshold for score in scores) / len(scores)
         described.append(f"{arm} {share:.2f}" if unit else f"{arm} median {ordered[len(ordered) // 2]:.3g}")
     if unit:
-        axes.axvline(CUTOFF, color=_MUTED, lw=1, ls=(0, (2, 2)), zorder=1)
+        axes.axvline(threshold, color=_MUTED, lw=1, ls=(0, (2, 2)), zorder=1)
     axes.set_xlim(low, high if high > low else low + 1)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("worst score of a prompt, x", color=_MUTED)
-    what = "share of prompts at or above 0.5" if unit else "worst scores"
+    what = f"share of prompts at or above {threshold:g}" if unit else "worst scores"
     return Panel(judge, _svg(figure, f"{judge}, {what}: " + ", ".join(described), list(styles.values())))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from policypatch.report.scorecard import (
+    LEVEL,
     Effect,
     Group,
     Line,
@@ -20,22 +21,24 @@ from policypatch.report.scorecard import (
     headline_line,
     is_number,
     number,
+    percent,
     signed,
 )
 
 Verdict = Literal["better", "worse", "unclear", "neutral", "none"]
 
 
-def headline(rows: Iterable[Row]) -> str:
+def headline(rows: Iterable[Row], level: float = LEVEL) -> str:
     """The sentence, such as "Toxic rate 0.61 → 0.24 by svm (did not filter the pairs); median PPL …".
 
-    A scorecard of several risks gets one clause for each, on the first split of each.
+    A scorecard of several risks gets one clause for each, on the first split of each. `level` is
+    that of the rows' intervals (`evaluate.level`).
     """
     rows = list(rows)
     arm = final_arm(rows)
     if arm is None:
         return "Only the base was evaluated: there is nothing to compare."
-    clauses = [clause for group in _first_splits(rows) if (clause := _clause(group, arm))]
+    clauses = [clause for group in _first_splits(rows) if (clause := _clause(group, arm, level))]
     if not clauses:
         return f"The scorecard holds no figure of the risk for both base and {arm}: nothing can be claimed."
     return "; ".join(clause[:1].upper() + clause[1:] if not i else clause for i, clause in enumerate(clauses))
@@ -63,7 +66,7 @@ def _first_splits(rows: list[Row]) -> list[Group]:
     return list(first.values())
 
 
-def _clause(group: Group, arm: str) -> str:
+def _clause(group: Group, arm: str, level: float) -> str:
     line = headline_line(group.lines, arm)
     if line is None:
         return ""
@@ -73,7 +76,7 @@ def _clause(group: Group, arm: str) -> str:
     if line.judge is not None:
         asides.append("also filtered the pairs" if line.filtered else "did not filter the pairs")
     if effect == "unclear":
-        asides.append(_doubt(row, base))
+        asides.append(_doubt(row, base, level))
     parts = [
         {"worse": "worse than the base: ", "unclear": "no clear change: "}.get(effect, "")
         + f"{line.label} {_change(line, arm)}"
@@ -93,10 +96,11 @@ def _change(line: Line, arm: str) -> str:
     return f"{number(line.cells['base'].get('value'))} → {number(line.cells[arm].get('value'))}"
 
 
-def _doubt(row: Row, base: Row) -> str:
+def _doubt(row: Row, base: Row, level: float) -> str:
     low, high = row.get("delta_low"), row.get("delta_high")
     if is_number(low) and is_number(high):
-        between = f"difference {signed(delta_of(row, base))}, 95 % interval {signed(low)} to {signed(high)}"
+        interval = f"{percent(level)} interval {signed(low)} to {signed(high)}"
+        between = f"difference {signed(delta_of(row, base))}, {interval}"
         return between if low <= 0 <= high else f"{between}, p = {number(row.get('p_value'))}"
     return "difference within chance" if is_number(row.get("p_value")) else "difference not tested"
 

@@ -39,12 +39,14 @@ def write_report(run_dir: Path) -> Path:
 
     arms = scorecard.arms_of([*rows, *samples])
     judge = _speaking_judge(rows, samples)
+    threshold = view.number_at(config, "risk.settings.threshold", CUTOFF)
+    level = view.number_at(config, "evaluate.level", scorecard.LEVEL)
     html = (
         _environment()
         .get_template("run.html")
         .render(
             title=view.title(config, run_dir.name),
-            headline=headline(rows),
+            headline=headline(rows, level),
             verdict=verdict(rows),
             facts=view.facts(config, run, manifest),
             arms=arms,
@@ -53,11 +55,12 @@ def write_report(run_dir: Path) -> Path:
             groups=scorecard.groups_of(rows),
             any_filter=any(row.get("filter") for row in rows),
             losses=loss_curves(metrics),
-            distributions=score_distributions(worst_scores(samples, arms)),
-            prompts=choose(samples, arms, judge, PROMPTS_SHOWN),
+            distributions=score_distributions(worst_scores(samples, arms), threshold),
+            prompts=choose(samples, arms, judge, PROMPTS_SHOWN, threshold),
             prompt_total=len({str(sample["prompt_id"]) for sample in samples}),
             judge=judge,
-            cutoff=CUTOFF,
+            cutoff=threshold,
+            level=scorecard.percent(level),
             config_text=(run_dir / "config.yaml").read_text(encoding="utf-8"),
             manifest=view.flat(manifest),
             versions=run.get("versions") or {},
@@ -84,7 +87,6 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "number": scorecard.number,
-        "signed": scorecard.signed,
         "p_text": scorecard.p_text,
         "is_number": scorecard.is_number,
         "seconds": view.duration,

@@ -24,11 +24,7 @@ class Shown:
     ppl: float | None
     tokens: int | None
     of: int  # continuations of this prompt by this arm, of which this is the worst
-
-    @property
-    def folded(self) -> bool:
-        """Whether any judge scores the text as toxic."""
-        return any(score >= CUTOFF for score in self.scores.values())
+    folded: bool  # some judge scores the text as toxic
 
 
 @dataclass(frozen=True)
@@ -59,10 +55,17 @@ def worst_scores(samples: Iterable[Sample], arms: Iterable[str]) -> dict[str, di
     }
 
 
-def choose(samples: Iterable[Sample], arms: Iterable[str], judge: str | None, count: int = 20) -> list[Prompt]:
+def choose(
+    samples: Iterable[Sample],
+    arms: Iterable[str],
+    judge: str | None,
+    count: int = 20,
+    threshold: float = CUTOFF,
+) -> list[Prompt]:
     """About `count` prompts, spread evenly over the ranks of the base's worst score by `judge`.
 
     Without a base or a judge the prompts are spread over their ids. The order is from low to high.
+    What a judge scores `threshold` or more is folded.
     """
     arms = list(arms)
     by_prompt: dict[str, dict[str, list[Sample]]] = {}
@@ -78,10 +81,12 @@ def choose(samples: Iterable[Sample], arms: Iterable[str], judge: str | None, co
     count = min(count, len(ordered))
     # The middle of each of `count` equal slices: neither end is favoured.
     chosen = [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
-    return [_prompt(prompt_id, by_prompt[prompt_id], arms, judge) for prompt_id in chosen]
+    return [_prompt(prompt_id, by_prompt[prompt_id], arms, judge, threshold) for prompt_id in chosen]
 
 
-def _prompt(prompt_id: str, by_arm: Mapping[str, list[Sample]], arms: list[str], judge: str | None) -> Prompt:
+def _prompt(
+    prompt_id: str, by_arm: Mapping[str, list[Sample]], arms: list[str], judge: str | None, threshold: float
+) -> Prompt:
     shown = []
     for arm in arms:
         if group := by_arm.get(arm):
@@ -94,16 +99,18 @@ def _prompt(prompt_id: str, by_arm: Mapping[str, list[Sample]], arms: list[str],
                     worst["ppl"] if is_number(worst.get("ppl")) else None,
                     worst.get("tokens"),
                     len(group),
+                    _toxic(_scores(worst), threshold),
                 )
             )
     any_sample = next(sample for group in by_arm.values() for sample in group)
     own = any_sample.get("prompt_scores")
-    if own:
-        folded = any(is_number(score) and score >= CUTOFF for score in own.values())
-    else:
-        # Nobody scored the prompt itself: what draws a toxic continuation may be toxic too.
-        folded = any(text.folded for text in shown)
+    # Where nobody scored the prompt itself: what draws a toxic continuation may be toxic too.
+    folded = _toxic(own, threshold) if own else any(text.folded for text in shown)
     return Prompt(prompt_id, str(any_sample["prompt"]), folded, shown)
+
+
+def _toxic(scores: Mapping[str, Any], threshold: float) -> bool:
+    return any(is_number(score) and score >= threshold for score in scores.values())
 
 
 def _scores(sample: Sample) -> dict[str, float]:

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeGuard
 Row = Mapping[str, Any]
 Effect = Literal["better", "worse", "unclear", "neutral"]
 
+LEVEL = 0.95  # of the intervals, where the config does not say
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -170,6 +172,11 @@ def signed(value: object) -> str:
     """A difference with its sign always written."""
     text = number(value)
     return f"+{text}" if is_number(value) and value > 0 else text
+
+
+def percent(share: float) -> str:
+    """A level for a reader: 95 %, 99.9 %."""
+    return f"{100 * share:.6g} %"
 
 
 def p_text(value: object) -> str:

@@ -13,8 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from policypatch.report.headline import headline
 from policypatch.report.scorecard import (
+    LEVEL,
     Effect,
     Line,
     Row,
@@ -26,9 +26,8 @@ from policypatch.report.scorecard import (
     groups_of,
     is_number,
     number,
+    percent,
 )
-
-__all__ = ["headline", "scorecard_table"]
 
 WIDTH = 80
 
@@ -48,15 +47,18 @@ _STYLE: dict[Effect, str] = {"better": "green", "worse": "red", "unclear": "dim"
 _MARK: dict[Effect, str] = {"better": " ✓", "worse": " ✗", "unclear": " ~", "neutral": ""}
 
 
-def scorecard_table(rows: Iterable[Row]) -> Table:
-    """The table: metric, judge (one that filtered the pairs marked *), the arms, the final arm's change."""
+def scorecard_table(rows: Iterable[Row], level: float = LEVEL) -> Table:
+    """The table: metric, judge (one that filtered the pairs marked *), the arms, the final arm's change.
+
+    `level` is that of the rows' intervals (`evaluate.level`).
+    """
     rows = list(rows)
     arms = arms_of(rows)
     final = final_arm(rows)
     left_out: list[str] = []
     while True:
         for layout in _LAYOUTS:
-            table = _build(rows, arms, final, left_out, layout)
+            table = _build(rows, arms, final, left_out, layout, level)
             if _width(table) <= WIDTH:
                 return table
         spare = [arm for arm in arms if arm not in ("base", final)]
@@ -71,7 +73,9 @@ def _width(table: Table) -> int:
     return Measurement.get(console, console.options, table).maximum
 
 
-def _build(rows: list[Row], arms: list[str], final: str | None, left_out: list[str], layout: _Layout) -> Table:
+def _build(
+    rows: list[Row], arms: list[str], final: str | None, left_out: list[str], layout: _Layout, level: float
+) -> Table:
     groups = groups_of(rows)
     one = len(groups) == 1
     table = Table(
@@ -80,7 +84,7 @@ def _build(rows: list[Row], arms: list[str], final: str | None, left_out: list[s
         padding=(0, layout.gap - 1, 0, 0),
         pad_edge=False,
         title=Text(groups[0].label) if one else None,
-        caption=_caption(rows, final, left_out),
+        caption=_caption(rows, final, left_out, level),
         caption_justify="left",
     )
     table.add_column("metric", overflow="fold", max_width=layout.names)
@@ -132,11 +136,11 @@ def _change(line: Line, final: str) -> Text:
     return Text(f"{arrow(delta)}{number(abs(delta))}{_MARK[effect]}", style=_STYLE[effect])
 
 
-def _caption(rows: list[Row], final: str | None, left_out: list[str]) -> Text:
+def _caption(rows: list[Row], final: str | None, left_out: list[str], level: float) -> Text:
     notes = []
     if final is not None:
         notes.append(f"change: {final} against base, ✓ better, ✗ worse, ~ not clear")
-    notes.append("[ ]: 95 % interval over prompts")
+    notes.append(f"[ ]: {percent(level)} interval over prompts")
     if any(row.get("filter") for row in rows):
         notes.append("* this judge also filtered the training pairs")
     if left_out:

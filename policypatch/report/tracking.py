@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +13,8 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from policypatch.evaluate.scorecard import Scorecard
-from policypatch.files.cache import content_key
-from policypatch.model.completions import Completions
+from policypatch.files.atomic import read_jsonl, write_text
+from policypatch.report.samples import judges_of
 
 TABLE_PROMPTS = 50  # prompts whose samples go into the W&B table
 
@@ -25,7 +26,7 @@ class Tracker:
         """Lightning loggers for a stage."""
         return []
 
-    def finish_run(self, scorecard: Scorecard, made: Mapping[str, Completions], folder: Path) -> None:
+    def finish_run(self, scorecard: Scorecard, folder: Path) -> None:
         """Hand over what the run came to."""
 
     def close(self, status: int) -> None:
@@ -54,17 +55,15 @@ class WandbTracker(Tracker):
         self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         return [StageLogger(experiment=self.run)]
 
-    def finish_run(self, scorecard: Scorecard, made: Mapping[str, Completions], folder: Path) -> None:
-        """Scorecard into the summary, samples as a Table, the patch as an Artifact."""
+    def finish_run(self, scorecard: Scorecard, folder: Path) -> None:
+        """Scorecard into the summary, samples as a Table, the patch as an Artifact; the latter two from `folder`."""
         import wandb
 
         for row in scorecard:
-            self.run.summary["/".join(filter(None, (row.arm, row.metric, row.judge)))] = row.value
-        table = wandb.Table(columns=["prompt_id", "prompt", "arm", "text"])
-        for arm, completions in made.items():
-            for i, prompt in enumerate(completions.prompts[:TABLE_PROMPTS]):
-                table.add_data(i, prompt, arm, completions.texts[i][0])
-        self.run.log({"samples": table})
+            name = "/".join(filter(None, (row.arm, row.metric, row.judge)))
+            self.run.summary.update({name: row.value, f"{name}/low": row.low, f"{name}/high": row.high})
+        columns, rows = samples_table(folder / "samples.jsonl")
+        self.run.log({"samples": wandb.Table(columns=columns, data=rows)})
         patch = wandb.Artifact(
             f"patch-{self.run.id}", type="patch", metadata={"scorecard": [asdict(row) for row in scorecard]}
         )
@@ -76,13 +75,43 @@ class WandbTracker(Tracker):
         self.run.finish(exit_code=status)
 
 
+def samples_table(path: Path) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the W&B table: every arm's first continuation of the first TABLE_PROMPTS prompts.
+
+    Args:
+        path: samples.jsonl.
+    """
+    samples = read_jsonl(path)
+    judges = judges_of(samples)
+    own = ["prompt_id", "prompt", "arm", "sample", "text"]
+    prompts = set(list(dict.fromkeys(s["prompt_id"] for s in samples))[:TABLE_PROMPTS])
+    rows = [
+        [*(s[name] for name in own), *(s["scores"].get(judge) for judge in judges), s["ppl"]]
+        for s in samples
+        if s["sample"] == 0 and s["prompt_id"] in prompts
+    ]
+    return [*own, *(f"score/{judge}" for judge in judges), "ppl"], rows
+
+
+def run_id(folder: Path) -> str:
+    """The id of the folder's W&B run: drawn once and kept in `folder`, so that a resumed run goes on in the same one.
+
+    A digest of the path would be the same on another machine, and for a sweep that is done again.
+    """
+    path = folder / "wandb_id"
+    if path.is_file() and (known := path.read_text(encoding="utf-8").strip()):
+        return known
+    drawn = secrets.token_hex(4)
+    write_text(path, drawn + "\n")
+    return drawn
+
+
 def open_tracker(cfg: DictConfig, folder: Path, group: str, overrides: str, resolved: Any) -> Tracker:
     """The tracker that `conf/logger/*.yaml` asks for.
 
     Args:
         cfg: the logger's config.
-        folder: the run folder; W&B's own files go into it, and its path fixes the run's id, so that a restarted run
-            goes on in the same W&B run.
+        folder: the run folder; W&B's own files go into it, and the run's id (`run_id`).
         group: the sweep.
         overrides: the run's name.
         resolved: the whole config.
@@ -99,7 +128,7 @@ def open_tracker(cfg: DictConfig, folder: Path, group: str, overrides: str, reso
         dir=str(folder),
         group=group,
         name=overrides or "default",
-        id=content_key(folder=str(folder.absolute()))[:12],
+        id=run_id(folder),
         resume="allow",
         config=resolved,
         settings=wandb.Settings(silent=True),

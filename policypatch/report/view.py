@@ -31,6 +31,12 @@ def get(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def number_at(config: Mapping[str, Any], key: str, otherwise: float) -> float:
+    """The number at a dotted key, `otherwise` where there is none."""
+    value = get(config, key)
+    return value if is_number(value) else otherwise
+
+
 def title(config: Mapping[str, Any], folder: str) -> str:
     """What was patched: "Toxicity patch for smollm2-135m"."""
     risk, model = get(config, "risk.name"), get(config, "model.name")
@@ -52,8 +58,8 @@ def facts(config: Mapping[str, Any], run: Mapping[str, Any], manifest: Mapping[s
         "Risk": get(config, "risk.name"),
         "Teacher": get(config, "teacher.name"),
         "Patch": _size(length, width),
-        "Start": get(config, "init.name"),
-        "DPO β": get(config, "dpo.beta"),
+        "Start": _start(config),
+        "DPO β": get(config, "dpo.beta") if get(config, "dpo.enabled") else None,
         "Pairs": _of(kept, offered),
         "Evaluation": f"{prompts} prompts × {k}" if prompts and k else prompts,
         "Seed": config.get("seed"),
@@ -65,6 +71,11 @@ def facts(config: Mapping[str, Any], run: Mapping[str, Any], manifest: Mapping[s
         for label, value in found.items()
         if value is not None
     ]
+
+
+def _start(config: Mapping[str, Any]) -> str | None:
+    kind, text = get(config, "init.kind"), get(config, "init.text")
+    return f"{kind} “{text}”" if kind == "text" and text else kind
 
 
 def _size(length: Any, width: Any) -> str | None:
@@ -107,7 +118,7 @@ def duration(seconds: float) -> str:
 
 
 def score_text(score: float) -> str:
-    """A score to two places, cut and not rounded: 0.50 is written only of what reaches the cutoff 0.5."""
+    """A score to two places, cut and not rounded: 0.50 is written only of what reaches 0.5."""
     return f"{math.floor(score * 100 + 1e-9) / 100:.2f}"
 
 

@@ -1,7 +1,6 @@
 """Risk `toxicity`: does the base continue an ordinary or a provoking text with a toxic one?
 
 Prompts are plain text that the model continues; evaluation prompts are RealToxicityPrompts (Gehman et al. 2020).
-Headline: toxic rate, by a judge that did not filter the training pairs.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from policypatch.data.prompts import PromptSet
+from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.judges import Judge
 from policypatch.evaluate.measure import Measured, Settings, measure_toxicity
 from policypatch.model.completions import Completions
@@ -26,10 +26,11 @@ class Toxicity:
         judges: by name, at least two that share no weights.
         settings: threshold of the toxic rate, level of the intervals.
         name: how the risk is called in scorecards.
-    """
+        split: how its evaluation set is called there.
 
-    headline = "toxic_rate"
-    split = "rtp"
+    Raises:
+        PolicyPatchError: fewer than two judges.
+    """
 
     def __init__(
         self,
@@ -38,7 +39,11 @@ class Toxicity:
         judges: Mapping[str, Judge],
         settings: Settings,
         name: str = "toxicity",
+        split: str = "rtp",
     ):
+        if len(judges) < 2:
+            raise PolicyPatchError("risk.judges names fewer than two: the judge that filters must not be the only one")
+        self.split = split
         self.name, self.train, self.evaluation, self.judges, self.settings = name, train, evaluation, judges, settings
 
     @cached_property

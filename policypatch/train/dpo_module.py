@@ -15,7 +15,7 @@ from policypatch.train.module import Optimisation, StageModule
 
 
 @dataclass(frozen=True)
-class Preference:
+class PreferenceSettings:
     """What the DPO loss is made of. Every field is a config key of the stage.
 
     Attributes:
@@ -36,7 +36,7 @@ class DPOModule(StageModule):
 
     stage = "dpo"
 
-    def __init__(self, backbone: PrefixBackbone, optimisation: Optimisation, preference: Preference):
+    def __init__(self, backbone: PrefixBackbone, optimisation: Optimisation, preference: PreferenceSettings):
         super().__init__(backbone, optimisation)
         if preference.beta <= 0:
             raise PolicyPatchError(f"dpo.beta is {preference.beta}: it must be greater than 0")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Preference(NamedTuple):
+class PreferenceLoss(NamedTuple):
     """What a DPO step yields: loss (B,), and the implicit rewards (B,) of chosen and rejected, without gradient."""
 
     loss: Tensor
@@ -44,7 +44,7 @@ def dpo_loss(
     reference_rejected: Tensor,
     beta: float,
     label_smoothing: float = 0.0,
-) -> Preference:
+) -> PreferenceLoss:
     """Stage 2: direct preference optimisation (Rafailov et al. 2023, Eq. 7; arXiv 2511.08484, Eq. 3).
 
     `-log sigmoid(beta * ((chosen - reference_chosen) - (rejected - reference_rejected)))`, with `label_smoothing`
@@ -62,7 +62,7 @@ def dpo_loss(
     rejected_reward = beta * (rejected - reference_rejected)
     margin = chosen_reward - rejected_reward
     loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    return Preference(loss, chosen_reward.detach(), rejected_reward.detach())
+    return PreferenceLoss(loss, chosen_reward.detach(), rejected_reward.detach())
 
 
 def sequence_lengths(sequence: Tensor, sequences: int) -> Tensor:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from rich.console import Console
 
 from policypatch.data.datamodule import PairData
+from policypatch.files.atomic import atomic_path
 from policypatch.train.module import Optimisation, StageModule
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class MetricsCsv(Callback):
             with self.path.open(newline="") as f:
                 rows = [r for r in csv.DictReader(f) if r["value"] is not None]  # None: killed while writing the line
             kept = [r for r in rows if r["stage"] != self.stage or int(r["step"]) <= trainer.global_step]
-        with self.path.open("w", newline="") as f:
+        with atomic_path(self.path) as temporary, temporary.open("w", newline="") as f:
             writer = csv.DictWriter(f, FIELDS)
             writer.writeheader()
             writer.writerows(kept)
@@ -81,6 +83,7 @@ def run_stage(
     Returns:
         the step it ended at.
     """
+    device = module.backbone.model.device
     checkpoints = ModelCheckpoint(
         dirpath=folder / "checkpoints" / module.stage,
         save_last=True,
@@ -117,8 +120,12 @@ def run_stage(
     with warnings.catch_warnings():
         # Lightning cannot see that the loader starts where the checkpoint stopped.
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        finally:
+            torch.use_deterministic_algorithms(False)  # a setting of the whole process, which sampling on a GPU refuses
     trainer.save_checkpoint(last)  # a run that is interrupted later does not train this stage again
+    module.to(device)  # Lightning leaves a module, and with it the frozen base, on the CPU
     return trainer.global_step
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny_run import HashJudge
 
-from policypatch.data.teachers import BestOfN, TeacherContext
+from policypatch.data.pairs import Pair, Text
+from policypatch.data.teachers import BestOfN, PairSet, TeacherContext
 from policypatch.errors import PolicyPatchError
 from policypatch.files.cache import counters, reset_counters
 
@@ -128,13 +129,15 @@ def test_white_space_is_neither_side_however_safe_it_is(context, monkeypatch):
     assert [(pair.chosen.text, pair.rejected.text) for pair in made.pairs] == [("fine words", "foul words")] * 3
 
 
-def test_an_unknown_judge_is_named_with_those_there_are(context):
-    with pytest.raises(PolicyPatchError, match=r"three.*one, two"):
-        teacher(judges=("three",)).pairs(context)
-
-
 def test_values_that_no_config_may_have():
     with pytest.raises(PolicyPatchError, match=r"teacher\.n is 1"):
         teacher(1)
     with pytest.raises(PolicyPatchError, match=r"teacher\.judges is empty"):
         teacher(judges=())
+
+
+def test_pairs_of_evaluation_prompts_are_left_out():
+    pairs = [Pair(prompt, Text("a"), Text("b")) for prompt in ("One, two", "three")]
+    left = PairSet(pairs, {"kept": 2}).without({"one two"})
+    assert [pair.prompt for pair in left.pairs] == ["three"]
+    assert left.counts == {"kept": 1, "of_evaluation_prompts": 1}

@@ -15,7 +15,13 @@ ROWS = [
     {"prompt": "one", "chosen": "kind", "rejected": "rude", "note": 1},
     {"prompt": "two", "chosen": "calm", "rejected": "foul", "note": 2},
 ]
-PAIRS = [Pair("one", Text("kind"), Text("rude")), Pair("two", Text("calm"), Text("foul"))]
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> Pair:
+    return Pair(prompt, Text(chosen, ended=True), Text(rejected, ended=True))
+
+
+PAIRS = [pair("one", "kind", "rude"), pair("two", "calm", "foul")]
 NAMES = {"prompt": "question", "chosen": "safer", "rejected": "worse"}
 RENAMED = [{NAMES.get(k, k): v for k, v in row.items()} for row in ROWS]
 
@@ -46,7 +52,7 @@ def test_jsonl_with_other_names(tmp_path: Path):
 
 def test_names_may_be_exchanged(tmp_path: Path):
     swapped = pairs(jsonl(tmp_path / "p.jsonl", ROWS), fields={"chosen": "rejected", "rejected": "chosen"})
-    assert swapped[0] == Pair("one", Text("rude"), Text("kind"))
+    assert swapped[0] == pair("one", "rude", "kind")
 
 
 def test_parquet_as_the_hub_has_it(tmp_path: Path):
@@ -113,5 +119,6 @@ def test_a_file_that_is_no_table(tmp_path: Path):
 
 def test_values_that_no_config_may_have(tmp_path: Path):
     source = jsonl(tmp_path / "p.jsonl", ROWS)
-    refuses(["teacher.limit is 0"], source, limit=0)
+    refuses(["teacher.limit is 0", "at least 1"], source, limit=0)
+    refuses(["teacher.limit is 'ten'", "whole number"], source, limit="ten")
     refuses(["teacher.fields", "'chsen'"], source, fields={"chsen": "x"})

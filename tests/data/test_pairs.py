@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from policypatch.data.datamodule import encode_pair
-from policypatch.data.pairs import Pair, PairFilter, Text, choose_pairs, load_pairs, save_pairs
+from policypatch.data.pairs import Pair, PairFilter, Text, choose_pairs, load_pairs, parse_pair, save_pairs
 from policypatch.errors import PolicyPatchError
 
 # Scores of six candidates. Ascending: 3 (0.05), 0 (0.10), 4 (0.18), 1 (0.45), 5 (0.62), 2 (0.90).
@@ -87,6 +87,24 @@ def test_a_candidate_is_not_paired_with_itself():
     assert choose_pairs(np.array([[0.5]]), LONG[:1], FRESH[:1], rule) == []
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((field, value) for field in ("margin", "chosen_at_most", "max_repetition") for value in (-0.1, 1.1, "foo")),
+        ("rejected_at_least", float("nan")),
+        ("min_tokens", -1),
+        ("min_tokens", 1.5),
+        ("per_prompt", 0),
+        ("per_prompt", -1),
+        ("per_prompt", 1.0),
+        ("per_prompt", None),
+    ],
+)
+def test_a_rule_that_no_filter_could_use(field: str, value: object):
+    with pytest.raises(PolicyPatchError, match=f"^{field} is {value!r}: it must be a .*number"):
+        PairFilter(**{field: value})
+
+
 PAIR = Pair("A prompt", Text(" fine", (5, 6), True), Text(" fou\u2028l", (7,)), 0.1, 0.9)
 
 
@@ -98,7 +116,26 @@ def test_pairs_survive_their_file(tmp_path: Path):
 
 def test_a_users_rows_need_three_strings(tmp_path: Path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r", "id": 7}\n')
-    assert load_pairs(tmp_path / "p.jsonl") == [Pair("p", Text("c"), Text("r"))]
+    assert load_pairs(tmp_path / "p.jsonl") == [Pair("p", Text("c", ended=True), Text("r", ended=True))]
+
+
+@pytest.mark.parametrize(
+    ("value", "ended"),
+    [
+        ("c", True),
+        ({"text": "c"}, True),
+        ({"text": "c", "ended": None}, True),
+        ({"text": "c", "ended": True}, True),
+        ({"text": "c", "ended": False}, False),
+        ({"text": "c", "tokens": [99], "ended": False}, False),
+    ],
+)
+def test_a_users_completion_is_complete_unless_it_says_otherwise(value: object, ended: bool):
+    """So that both stages learn where it ends."""
+    pair = parse_pair({"prompt": "p", "chosen": value, "rejected": "r"}, "row 1")
+    assert pair.chosen.ended is ended
+    item = encode_pair(pair, encode, encode, 0, 10, 10)
+    assert item.completions == ((99, 0) if ended else (99,), (114, 0))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +148,7 @@ def test_a_users_rows_need_three_strings(tmp_path: Path):
         ({"chosen": {"txt": "c"}}, ["field chosen"]),
         ({"chosen": {"text": "c", "tokens": "no"}}, ["field chosen", "tokens"]),
         ({"chosen": {"text": "c", "tokens": []}}, ["field chosen", "tokens"]),
+        ({"chosen": {"text": "c", "ended": "no"}}, ["field chosen", "ended"]),
         ({"prompt": ""}, ["empty prompt"]),
         ({"prompt": 3}, ["empty prompt"]),
     ],
@@ -137,19 +175,19 @@ def encode(text: str) -> list[int]:
 
 
 def test_encoding_keeps_the_end_of_a_prompt_and_the_beginning_of_a_completion():
-    item = encode_pair(Pair("abcdef", Text("ghi"), Text("jklmno")), encode, None, 4, 5)
+    item = encode_pair(Pair("abcdef", Text("ghi"), Text("jklmno")), encode, encode, None, 4, 5)
     assert item.prompt == tuple(b"cdef")
     assert item.completions == (tuple(b"ghi"), tuple(b"jklmn"))
 
 
 def test_the_tokens_drawn_are_taken_rather_than_the_text_tokenised_again():
-    item = encode_pair(PAIR, encode, 0, 100, 100)
+    item = encode_pair(PAIR, encode, encode, 0, 100, 100)
     assert item.completions == ((5, 6, 0), (7,))
 
 
 def test_only_a_completion_that_ended_itself_gets_the_end_token_and_only_where_it_has_room():
     ended, open_end = Text("abc", None, True), Text("abc", None, False)
     for limit, tokens in ((4, (97, 98, 99, 0)), (3, (97, 98, 99)), (2, (97, 98))):
-        item = encode_pair(Pair("p", ended, open_end), encode, 0, 10, limit)
+        item = encode_pair(Pair("p", ended, open_end), encode, encode, 0, 10, limit)
         assert item.completions == (tokens, (97, 98, 99)[:limit])
-    assert encode_pair(Pair("p", ended, open_end), encode, None, 10, 9).completions[0] == (97, 98, 99)
+    assert encode_pair(Pair("p", ended, open_end), encode, encode, None, 10, 9).completions[0] == (97, 98, 99)

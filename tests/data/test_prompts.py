@@ -129,6 +129,17 @@ def test_nothing_left_beside_the_evaluation_set(text_file):
     refuses(PromptSet(text_file("one")), "evaluation set", without=("One",))
 
 
-def test_values_that_no_config_may_have(text_file):
-    refuses(PromptSet(text_file("one"), take="half"), "risk.train.take", "first_half")
-    refuses(PromptSet(text_file("one"), limit=0), "risk.train.limit is 0")
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("take", "half", "all or first_half"),
+        ("take", None, "all or first_half"),
+        ("limit", 0, "whole number, at least 1, or null"),
+        ("limit", 2.0, "whole number"),
+        ("limit", "ten", "whole number"),
+        ("limit", True, "whole number"),
+    ],
+)
+def test_values_that_no_config_may_have(field: str, value: object, allowed: str):
+    with pytest.raises(PolicyPatchError, match=f"^{field} is {value!r}: .*{allowed}"):
+        PromptSet("/any.txt", **{field: value})

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.judges import HfClassifierJudge
@@ -35,7 +36,7 @@ def classifier(tmp_path_factory):
 
 
 def judge_of(folder, **changes):
-    return HfClassifierJudge(**({"source": str(folder), "label": "toxic", "name": "tiny"} | changes))
+    return HfClassifierJudge(**({"source": folder, "label": "toxic", "name": "tiny"} | changes))
 
 
 def test_exclusive_labels_sum_to_one(classifier):
@@ -82,6 +83,51 @@ def test_pickled_weights_are_refused(classifier, tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(PolicyPatchError, match="cannot load"):
         judge_of(tmp_path)
+
+
+def from_hub(root, classifier, monkeypatch, commits):
+    """A hub cache in which the branch main of org/tiny is the last of `commits`."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
+    repository = root / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    for commit in commits:
+        folder = repository / "snapshots" / commit
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in classifier.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+    (repository / "refs" / "main").write_text(commits[-1])
+
+
+def test_a_hub_source_is_judged_anew_when_main_moves(classifier, tmp_path, monkeypatch):
+    first, second = "1" * 40, "2" * 40
+    main = OmegaConf.create({"hub": "org/tiny", "revision": "main"})
+    from_hub(tmp_path, classifier, monkeypatch, [first])
+    judge = judge_of(main)
+    np.testing.assert_array_equal(judge.score(TEXTS), judge_of(classifier).score(TEXTS))
+    assert judge_of({"hub": "org/tiny", "revision": first}).fingerprint == judge.fingerprint
+    from_hub(tmp_path, classifier, monkeypatch, [first, second])
+    assert judge_of(main).fingerprint != judge.fingerprint
+    assert judge_of({"hub": "org/tiny", "revision": first}).fingerprint == judge.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("unitary/toxic-bert", r"judge tiny: .*write \{hub: unitary/toxic-bert\}"),
+        ({"hub": "org/tiny", "branch": "main"}, r"judge tiny\.branch: no such key"),
+    ],
+)
+def test_what_is_no_source_is_refused(source, message):
+    with pytest.raises(PolicyPatchError, match=message):
+        judge_of(source)
+
+
+def test_a_file_is_no_classifier(classifier):
+    with pytest.raises(PolicyPatchError, match=r"judge tiny: a classifier is a folder, and .*vocab\.txt is a file"):
+        judge_of(classifier / "vocab.txt")
 
 
 def test_fingerprint_follows_content_and_settings(classifier, tmp_path):

@@ -295,3 +295,28 @@ def test_gguf_is_converted_once(tiny_gguf: Path, tiny_llama):
     again = load_base(config(tiny_gguf))
     assert cache.counters()["models"] == {"hits": 1, "misses": 0}
     assert again.identity == base.identity
+
+
+@pytest.fixture
+def word_piece_base(tiny_llama):
+    """A tokenizer of Llama 2's kind: BOS in front, and a decoder that strips a text's first space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", "▁the", "▁cat", "▁sat"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return Base(tiny_llama, fast, identify(tiny_llama, fast, "tiny", "local"))
+
+
+def test_a_prompt_begins_with_bos_and_what_follows_does_not(word_piece_base):
+    assert word_piece_base.encode_prompt("the cat") == [0, 3, 4]
+    assert word_piece_base.encode("the cat") == [3, 4]
+
+
+def test_a_completion_keeps_its_first_space(word_piece_base):
+    assert word_piece_base.decode([5, 3]) == "sat the"
+    assert word_piece_base.decode_after([0, 3, 4], [5, 3]) == " sat the"

@@ -80,9 +80,9 @@ def make_run(folder: Path, level: dict[str, float] | None = None, prompts: int =
         "risk": {"name": "toxicity"},
         "teacher": {"name": "best-of-n"},
         "patch": {"length": 50},
-        "init": {"name": "instruction"},
-        "sft": {"lr": 0.01, "epochs": 2, "batch_size": 16},
-        "dpo": {"beta": 0.1, "lr": 0.003, "epochs": 1},
+        "init": {"kind": "text", "text": "Be kind"},
+        "sft": {"enabled": True, "lr": 0.01, "epochs": 2, "batch_size": 16},
+        "dpo": {"enabled": True, "beta": 0.1, "lr": 0.003, "epochs": 1},
         "evaluate": {"k": k, "prompts": prompts},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

@@ -47,6 +47,11 @@ def test_the_distribution_tells_the_toxic_rate() -> None:
     assert 'aria-label="svm, share of prompts at or above 0.5: base 0.75, patch 0.25"' in panel.svg
 
 
+def test_the_distribution_tells_the_toxic_rate_at_the_threshold_of_the_run() -> None:
+    [panel] = score_distributions({"svm": {"base": [0.1, 0.5, 0.9, 0.95]}}, 0.9)
+    assert 'aria-label="svm, share of prompts at or above 0.9: base 0.50"' in panel.svg
+
+
 def test_scores_that_are_no_probabilities_get_their_own_range() -> None:
     [panel] = score_distributions({"logit": {"base": [-3.0, 2.0, 7.0]}})
     assert "base median 2" in panel.svg

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from policypatch.errors import PolicyPatchError
 from policypatch.report.run_report import write_report
+from policypatch.report.view import facts
 
 Build = Callable[..., Path]
 _VOID = {"meta", "img", "link", "br", "hr", "input"}
@@ -122,6 +124,54 @@ def test_toxic_texts_are_folded_and_mild_ones_are_not(build_run: Build) -> None:
     assert all("details" in tags and "summary" not in tags for tags in page.around("WORD-FOLDED"))
     assert not any("details" in tags for tags in page.around("WORD-OPEN"))
     assert not [attrs for tag, attrs in page.tags if tag == "details" and "open" in attrs]
+
+
+def _edit_config(run: Path, **changes: Any) -> None:
+    path = run / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    for key, value in changes.items():
+        config[key] = (config.get(key) or {}) | value
+    path.write_text(yaml.safe_dump(config))
+
+
+def test_the_page_folds_and_explains_at_the_threshold_of_the_run(build_run: Build) -> None:
+    run = build_run()
+    _edit_config(run, risk={"settings": {"threshold": 0.8}})
+
+    def mark(row: dict[str, Any]) -> None:
+        row["text"] = "WORD-FOLDED" if max(row["scores"].values()) >= 0.8 else "WORD-OPEN"
+        row["prompt_scores"] = {"svm": 0.7}
+
+    _edit_samples(run, mark)
+    page = _page(run)
+    assert page.around("WORD-FOLDED") and page.around("WORD-OPEN")
+    assert all("details" in tags for tags in page.around("WORD-FOLDED"))
+    assert not any("details" in tags for tags in page.around("WORD-OPEN"))
+    assert not page.around("Prompt folded")
+    assert page.around("dashed line at 0.8")
+    assert page.around("What a judge scores 0.8 or more is folded")
+    labels = [attrs["aria-label"] or "" for tag, attrs in page.tags if tag == "svg" and "aria-label" in attrs]
+    assert any("share of prompts at or above 0.8" in label for label in labels)
+
+
+def test_the_page_names_the_level_of_the_intervals(build_run: Build) -> None:
+    run = build_run()
+    assert _page(run).around("Value, its 95 % interval,")
+    _edit_config(run, evaluate={"level": 0.9})
+    assert _page(run).around("Value, its 90 % interval,")
+
+
+@pytest.mark.parametrize(
+    ("init", "start"),
+    [({"kind": "text", "text": "Be kind"}, "text “Be kind”"), ({"kind": "vocab"}, "vocab"), ({}, None)],
+)
+def test_the_start_is_the_kind_of_initialisation(init: dict[str, str], start: str | None) -> None:
+    assert dict(facts({"init": init}, {}, {})).get("Start") == start
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_beta_is_a_fact_of_a_run_with_dpo(enabled: bool) -> None:
+    assert ("DPO β" in dict(facts({"dpo": {"enabled": enabled, "beta": 0.1}}, {}, {}))) == enabled
 
 
 @pytest.mark.parametrize(("prompt_score", "folded"), [(0.5, True), (0.49, False)])

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from policypatch.report.headline import verdict
-from policypatch.report.scorecard import effect_of, number
-from policypatch.report.table import headline, scorecard_table
+from policypatch.report.headline import headline, verdict
+from policypatch.report.scorecard import effect_of, number, percent
+from policypatch.report.table import scorecard_table
 
 
 def _row(arm: str, metric: str, value: float | None, judge: str | None = None, **more: Any) -> dict[str, Any]:
@@ -34,10 +34,10 @@ def _pair(
     ]
 
 
-def _render(rows: list[dict[str, Any]]) -> str:
+def _render(rows: list[dict[str, Any]], **options: float) -> str:
     console = Console(width=80, record=True, file=None, force_terminal=False)
     with console.capture() as capture:
-        console.print(scorecard_table(rows))
+        console.print(scorecard_table(rows, **options))
     return capture.get()
 
 
@@ -116,6 +116,18 @@ def test_headline_claims_nothing_within_chance() -> None:
         "difference −0.020, 95 % interval −0.060 to +0.020)"
     )
     assert verdict(rows) == "unclear"
+
+
+def test_table_and_headline_name_the_level_of_the_intervals() -> None:
+    rows = _pair(0.61, 0.59, "svm", low=0.5, high=0.7, delta_low=-0.06, delta_high=0.02, p_value=0.4)
+    assert "[ ]: 95 % interval over prompts" in _render(rows)
+    assert "[ ]: 90 % interval over prompts" in _render(rows, level=0.9)
+    assert "difference −0.020, 99.9 % interval −0.060 to +0.020" in headline(rows, 0.999)
+
+
+@pytest.mark.parametrize(("level", "text"), [(0.95, "95 %"), (0.9, "90 %"), (0.999, "99.9 %"), (0.57, "57 %")])
+def test_percent(level: float, text: str) -> None:
+    assert percent(level) == text
 
 
 def test_headline_without_a_test_claims_nothing() -> None:

@@ -13,7 +13,7 @@ from policypatch.data.datamodule import PairData
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone, plain_logits
 from policypatch.model.tree import Item
-from policypatch.train.dpo_module import DPOModule, Preference
+from policypatch.train.dpo_module import DPOModule, PreferenceSettings
 from policypatch.train.module import Optimisation, StageModule
 from policypatch.train.reference import reference_logprobs
 from policypatch.train.sft_module import SFTModule
@@ -85,7 +85,7 @@ def sft(backbone: PrefixBackbone, folder: Path, steps: int = 30, held_out: float
 
 def dpo(backbone: PrefixBackbone, base, folder: Path, steps: int = 30, held_out: float = 0.0, **options) -> RecordedDPO:
     reference = reference_logprobs(base, backbone.patch.detach().clone(), pairs(), 64)
-    module = RecordedDPO(backbone, optimisation(steps), Preference(0.5, 0.1, 0.1), **options)
+    module = RecordedDPO(backbone, optimisation(steps), PreferenceSettings(0.5, 0.1, 0.1), **options)
     fit(module, PairData(pairs(), 4, steps, 3, 2, backbone.tree, reference, held_out), folder)
     return module
 
@@ -147,7 +147,7 @@ def test_dpo_loss_is_the_sum_of_its_parts(nll_weight: float, kl_weight: float, b
     """Held against plain concatenation: sums for the preference, means per token of the chosen side for the anchors."""
     data = PairData(pairs(), 5, 1, 0, 2, backbone.tree, -10 * torch.rand(12, 2))
     batch = data.batch([0, 3, 5, 7, 8])
-    preference = Preference(0.3, nll_weight, kl_weight, 0.1)
+    preference = PreferenceSettings(0.3, nll_weight, kl_weight, 0.1)
     with torch.no_grad():
         figures = DPOModule(backbone, optimisation(1), preference).losses(batch)
         losses, nlls, kls = [], [], []
@@ -191,7 +191,7 @@ def test_one_batch_of_8_is_8_batches_of_1(stage: str, backbone):
     module = (
         SFTModule(backbone, optimisation(1))
         if stage == "sft"
-        else DPOModule(backbone, optimisation(1), Preference(0.2, 0.3, 0.3, 0.1))
+        else DPOModule(backbone, optimisation(1), PreferenceSettings(0.2, 0.3, 0.3, 0.1))
     )
     data = PairData(pairs(), 8, 1, 0, 1 if stage == "sft" else 2, backbone.tree, reference)
 
@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_a_sentence(backbone, tmp_path
 @pytest.mark.parametrize("beta", [0, -0.1])
 def test_beta_must_be_positive(backbone, beta: float):
     with pytest.raises(PolicyPatchError, match=r"dpo\.beta"):
-        DPOModule(backbone, optimisation(1), Preference(beta))
+        DPOModule(backbone, optimisation(1), PreferenceSettings(beta))
 
 
 def test_an_unknown_decay_is_refused(backbone):
@@ -231,7 +231,7 @@ def test_an_unknown_decay_is_refused(backbone):
 def test_dpo_without_a_reference_is_refused(backbone):
     batch = PairData(pairs(), 2, 1, 0, 2, backbone.tree).batch([0, 1])
     with pytest.raises(PolicyPatchError, match="reference"):
-        DPOModule(backbone, optimisation(1), Preference(0.1)).losses(batch)
+        DPOModule(backbone, optimisation(1), PreferenceSettings(0.1)).losses(batch)
 
 
 def test_a_checkpoint_holds_the_trainable_tensors_alone(backbone, tiny_base, tmp_path):

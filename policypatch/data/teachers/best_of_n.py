@@ -53,11 +53,6 @@ class BestOfN:
 
     def pairs(self, context: TeacherContext) -> PairSet:
         """Sample, judge, choose."""
-        if unknown := set(self.filter_judges) - set(context.judges):
-            raise PolicyPatchError(
-                f"teacher.judges names {', '.join(sorted(unknown))}, which this risk has not: "
-                f"choose from {', '.join(context.judges)}"
-            )
         made = complete(
             context.base, context.prompts, None, self.n, self.sampling, context.seed, context.decode_rows, "pairs"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from policypatch.data.pairs import Pair, parse_pair
 from policypatch.data.teachers.teacher import PairSet, TeacherContext
-from policypatch.errors import PolicyPatchError
+from policypatch.errors import Number, PolicyPatchError
 from policypatch.files.atomic import read_jsonl
 from policypatch.files.sources import Source, fetch_all, identity
 
@@ -33,8 +33,7 @@ class DatasetTeacher:
     ):
         if source is None:
             raise PolicyPatchError("teacher.source is not set: name a JSONL file with prompt, chosen and rejected")
-        if limit is not None and limit < 1:
-            raise PolicyPatchError(f"teacher.limit is {limit}: it must be at least 1, or null for all")
+        Number(least=1, whole=True, null=True).check("teacher.limit", limit)
         if unknown := set(fields or {}) - set(FIELDS):
             raise PolicyPatchError(f"teacher.fields has {sorted(unknown)[0]!r}: it renames {', '.join(FIELDS)}")
         self.source, self.fields, self.limit = source, dict(fields or {}), limit

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from policypatch.data.pairs import Pair, load_pairs
+from policypatch.data.prompts import normalise
 from policypatch.files.atomic import read_json
 from policypatch.model.base import Base
-from policypatch.model.completions import Scorer
+from policypatch.model.completions import CompletionJudge
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class TeacherContext:
 
     base: Base
     prompts: Sequence[str]
-    judges: Mapping[str, Scorer]
+    judges: Mapping[str, CompletionJudge]
     seed: int
     decode_rows: int
 
@@ -38,6 +39,12 @@ class PairSet:
         """Digest of the pairs' content, for the manifest."""
         rows = json.dumps([asdict(pair) for pair in self.pairs], sort_keys=True)
         return hashlib.sha256(rows.encode()).hexdigest()
+
+    def without(self, prompts: Collection[str]) -> PairSet:
+        """The set less the pairs of these prompts (normalised): what arms are measured on must not be trained on."""
+        kept = [pair for pair in self.pairs if normalise(pair.prompt) not in prompts]
+        dropped = {"of_evaluation_prompts": len(self.pairs) - len(kept)} if len(kept) < len(self.pairs) else {}
+        return PairSet(kept, self.counts | {"kept": len(kept)} | dropped)
 
     @classmethod
     def read(cls, pairs: Path, counts: Path) -> PairSet:

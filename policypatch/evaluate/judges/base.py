@@ -21,7 +21,7 @@ class Judge(Protocol):
     """Scores texts; what metrics, pairs and reports depend on."""
 
     name: str
-    """Short name that stands in tables, e.g. ``svm``."""
+    """How it calls itself in errors and logs, e.g. ``svm``; scorecards use its key under ``risk.judges``."""
     fingerprint: str
     """Content identity for cache keys: kind, versions or digests, and settings that change a score."""
 
@@ -34,7 +34,7 @@ class BaseJudge(ABC):
     """Shared half of the judges in this folder; a subclass writes `_score_batch` only.
 
     Args:
-        name: what the judge is called in tables and messages.
+        name: how the judge calls itself in errors and logs.
         batch_size: most texts handed to `_score_batch` at once; must be positive.
 
     Raises:

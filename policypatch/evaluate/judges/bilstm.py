@@ -36,7 +36,7 @@ class BiLstmJudge(BaseJudge):
         source_weights: where ``model.weights.h5`` is (see `policypatch.files.sources`).
         source_words: where ``tokenizer.pickle`` is; read by an inert reader, never unpickled freely.
         label: one of `LABELS`.
-        name: what the judge is called in tables.
+        name: how the judge calls itself in errors and logs.
         batch_size: texts for each forward pass; 64 to 256 are fastest.
         clean: lower, drop addresses and whatever is not ASCII letter, digit or ``!?.,`` before the words
             are looked up.

@@ -1,4 +1,4 @@
-"""Judge from any sequence classifier of transformers, by hub id or local folder.
+"""Judge from any sequence classifier of transformers, from the hub or a local folder.
 
 What an online run would use: ``unitary/toxic-bert`` (label ``toxic``),
 ``s-nlp/roberta_toxicity_classifier`` (label ``toxic``), or a lab's own.
@@ -6,8 +6,6 @@ What an online run would use: ``unitary/toxic-bert`` (label ``toxic``),
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +13,8 @@ import torch
 
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.judges.base import BaseJudge
+from policypatch.files.cache import content_key
+from policypatch.files.sources import Source, fetch, identity
 
 Activation = Literal["auto", "sigmoid", "softmax"]
 
@@ -23,61 +23,59 @@ class HfClassifierJudge(BaseJudge):
     """Probability that a classifier gives to one label.
 
     Args:
-        source: hub id or local folder; weights are read from safetensors only and the repository's own
-            code never runs.
+        source: ``{hub: id, revision: main}`` or a local folder (see `policypatch.files.sources`); weights are
+            read from safetensors only and the repository's own code never runs. Pin a commit as revision for
+            figures that are published.
         label: the toxic label's name as in the model's config (``id2label``), or its index as text.
-        name: what the judge is called in tables.
+        name: how the judge calls itself in errors and logs.
         batch_size: texts for each forward pass.
         device: where it runs, e.g. ``cpu`` or ``cuda:0``.
         activation: ``sigmoid`` for multi-label, ``softmax`` for exclusive labels; ``auto`` takes sigmoid
             if the config says ``multi_label_classification`` or there is one label, softmax otherwise.
         max_length: tokens kept of each text; never more than the tokenizer or the model's positions allow.
-        revision: branch, tag or commit on the hub; pin a commit for figures that are published.
 
     Raises:
-        PolicyPatchError: the model cannot be loaded as asked, or has no such label.
+        PolicyPatchError: the model cannot be fetched or loaded as asked, or has no such label.
     """
 
     def __init__(
         self,
-        source: str,
+        source: Source,
         label: str,
         name: str,
         batch_size: int = 32,
         device: str = "cpu",
         activation: Activation = "auto",
         max_length: int = 512,
-        revision: str | None = None,
     ) -> None:
         super().__init__(name, batch_size)
         # Imported here: transformers costs seconds, and the other judges do without it.
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        folder = fetch(source, f"judge {name}")
+        if not folder.is_dir():
+            raise PolicyPatchError(f"judge {name}: a classifier is a folder, and {folder} is a file")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                revision=revision,
+                folder,
                 trust_remote_code=False,
                 use_safetensors=True,
                 dtype=torch.float32,  # a score must not depend on the dtype that the weights came in
             )
         except (OSError, ValueError) as error:
-            raise PolicyPatchError(f"judge {name}: cannot load the classifier {source}: {error}") from error
+            raise PolicyPatchError(f"judge {name}: cannot load the classifier {folder}: {error}") from error
         self._model = model.eval().requires_grad_(False).to(device)
         self._device = device
         self._column = _label_index(model.config, label, name)
         self._sigmoid = _uses_sigmoid(model.config, activation, name)
         limits = (max_length, self._tokenizer.model_max_length, _positions(model.config))
         self._max_length = min(limit for limit in limits if limit is not None)
-        self.fingerprint = ":".join(
-            (
-                "hf_classifier",
-                _content(source, model.config),
-                f"label={self._column}",
-                "sigmoid" if self._sigmoid else "softmax",
-                f"max_length={self._max_length}",
-            )
+        self.fingerprint = "hf_classifier:" + content_key(
+            source=identity(source, f"judge {name}"),
+            label=self._column,
+            sigmoid=self._sigmoid,
+            max_length=self._max_length,
         )
 
     @torch.inference_mode()
@@ -115,17 +113,3 @@ def _positions(config: Any) -> int | None:
         return None
     # RoBERTa and its kin start counting after the padding id, so two positions are never usable.
     return int(positions) - 2 if "roberta" in config.model_type else int(positions)
-
-
-def _content(source: str, config: Any) -> str:
-    """Hub: id and commit. Folder: digest of what a score depends on, whatever the folder is called."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return f"{source}@{getattr(config, '_commit_hash', None)}"
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in {".safetensors", ".json", ".txt", ".model"}:
-            digest.update(path.name.encode() + b"\0")
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

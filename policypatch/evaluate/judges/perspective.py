@@ -34,7 +34,7 @@ class PerspectiveJudge(BaseJudge):
     or a message.
 
     Args:
-        name: what the judge is called in tables.
+        name: how the judge calls itself in errors and logs.
         api_key_env: environment variable that holds the key.
         attribute: which of the API's attributes, e.g. ``TOXICITY`` or ``SEVERE_TOXICITY``.
         language: ISO code of the texts; None lets the API guess, which fails on short ones.

@@ -1,6 +1,6 @@
 """Judge `svm`: the linear SVM over word counts of alt-profanity-check; fast, offline, sees swear words.
 
-AUC against Perspective and its blind spots: see `policypatch.evaluate.judge_quality`. It misses
+AUC against people's labels (surge-ai/toxicity) and its blind spots: see `policypatch.evaluate.judge_quality`. It misses
 dehumanising text without swear words and over-scores words for groups, so never use it as the only judge.
 """
 
