@@ -38,6 +38,10 @@ def prepare(cfg: DictConfig) -> tuple[Base, Base, Any, Teacher]:
     base = load_base(_on_trainers_device(cfg))
     _check_context(cfg, base, risk)
     scorer = base if cfg.scorer.name == "base" else load_base(cfg.scorer, "scorer")
+    if scorer is not base and not scorer.identity.differences(base.identity):
+        raise PolicyPatchError(
+            f"scorer {cfg.scorer.name} is the same model as {cfg.model.name}: choose another, or say scorer=base"
+        )
     return base, scorer, risk, teacher
 
 

@@ -229,6 +229,11 @@ def test_a_missing_file_ends_the_run_before_it_costs_anything(go, tmp_path: Path
     refused(go, "risk.train.source", "/nope.jsonl", folder=tmp_path, risk__train__source="/nope.jsonl")
 
 
+def test_a_scorer_that_is_the_base_itself_is_refused(go, tiny_base_folder: Path, tmp_path: Path):
+    same = {"scorer": "hub", "scorer.name": "other", "scorer.source.hub": "x/y", "scorer.path": str(tiny_base_folder)}
+    refused(go, "scorer other is the same model", "scorer=base", folder=tmp_path, **same)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -248,6 +253,7 @@ def test_a_missing_file_ends_the_run_before_it_costs_anything(go, tmp_path: Path
         ({"+risk.judges.gone": "{_target_:tiny_run.NoSuchJudge}"}, ["risk", "NoSuchJudge"]),
         ({"scorer": "hub", "scorer.name": "x", "scorer.source.hub": "x/y", "scorer.path": "/nope"}, ["scorer.path"]),
         ({"trainer": "gpu"}, ["trainer=gpu", "trainer=cpu"]),
+        ({"model.device": "cuda"}, ["model.device is cuda", "model.device=auto"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -233,7 +233,11 @@ def _from_gguf(path: Path, known: dict[str, Any]) -> Path:
         tokenizer.save_pretrained(folder)
         AutoConfig.from_pretrained(folder)
 
-    about = {"gguf": known, "dtype": "float32"} | {name: version(name) for name in ("transformers", "gguf")}
+    about = {
+        "file": known,
+        "dtype": "float32",
+        "versions": {name: version(name) for name in ("transformers", "gguf")},
+    }
     return entry("models", content_key(**about), build, about=about)
 
 

@@ -297,6 +297,14 @@ def test_gguf_is_converted_once(tiny_gguf: Path, tiny_llama):
     assert again.identity == base.identity
 
 
+def test_two_gguf_files_are_two_models(tiny_gguf: Path, tmp_path: Path):
+    """Their converted copies once shared a cache entry, and the perplexity scorer was the base itself."""
+    other = tmp_path / "other.gguf"
+    other.write_bytes(tiny_gguf.read_bytes()[:-4096] + np.full(1024, 0.5, np.float32).tobytes())  # its last numbers
+    first, second = load_base(config(tiny_gguf)), load_base(config(other))
+    assert "weights" in first.identity.differences(second.identity)
+
+
 @pytest.fixture
 def word_piece_base(tiny_llama):
     """A tokenizer of Llama 2's kind: BOS in front, and a decoder that strips a text's first space."""
