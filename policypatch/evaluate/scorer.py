@@ -53,8 +53,7 @@ def _score(scorer: Base, made: Completions, samples: int, advance: Callable[[int
             ends = [tuple(scorer.encode(text)) for text in made.texts[i][:samples]]
             kept = [s for s, end in enumerate(ends) if end]
             if kept:
-                prompt = scorer.tokenizer(made.prompts[i]).input_ids  # with BOS where the scorer was trained with one
-                items.append(Item(tuple(prompt), tuple(ends[s] for s in kept)))
+                items.append(Item(tuple(scorer.encode_prompt(made.prompts[i])), tuple(ends[s] for s in kept)))
                 places += [(i, s) for s in kept]
         if items:
             tree = backbone.tree(items)

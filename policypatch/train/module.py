@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ def rate_at(o: Optimisation) -> Callable[[int], float]:
     return factor
 
 
-class StageModule(L.LightningModule):
+class StageModule(L.LightningModule, ABC):
     """A training stage around the shared backbone. Subclasses say what the loss is."""
 
     stage = ""
@@ -73,9 +74,9 @@ class StageModule(L.LightningModule):
         schedule = LambdaLR(optimiser, rate_at(o))
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @abstractmethod
     def losses(self, batch: Any) -> Mapping[str, Tensor]:
         """The figures of a batch; `loss` is the one to minimise."""
-        raise NotImplementedError
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step; a loss that is not finite ends the run rather than poisoning the patch."""
