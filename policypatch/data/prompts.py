@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -26,6 +27,8 @@ class PromptSet:
         where: only rows whose fields have these values.
         remove: regular expression; what it matches is removed from every text.
         before: regular expression; the prompt is what stands before its first match, and a text without one is none.
+        portion: only texts whose digest lies in this part of all digests, [from, to) of [0, 1]; sets with portions
+            that do not overlap share no text.
         take: "all" of that, or its "first_half" (in words, rounded down, at least one).
         limit: how many prompts at most, drawn without replacement by `seed`; None takes all.
         seed: of that draw.
@@ -39,6 +42,7 @@ class PromptSet:
     where: Mapping[str, Any] | None = None
     remove: str | None = None
     before: str | None = None
+    portion: Sequence[float] | None = None
     take: str = "all"
     limit: int | None = None
     seed: int = 0
@@ -50,6 +54,8 @@ class PromptSet:
         Number(least=1, whole=True, null=True).check("limit", self.limit)
         for name in ("remove", "before"):
             _check_expression(name, getattr(self, name))
+        if self.portion is not None and not _is_portion(self.portion):
+            raise PolicyPatchError(f"portion is {self.portion!r}: give two numbers in [0, 1], the smaller one first")
         if self.where is not None and not (
             isinstance(self.where, Mapping) and all(isinstance(v, str | int | float) for v in self.where.values())
         ):
@@ -79,8 +85,11 @@ class PromptSet:
         return [distinct[i] for i in kept]
 
     def all_texts(self, key: str) -> list[str]:
-        """Every text of the source in full, one for each row chosen: before `before`, `take` and `limit`."""
+        """Every text of the set in full, one for each row chosen: before `before`, `take` and `limit`."""
         texts = [text for text, _ in read_rows(self.source, f"{key}.source", self.field, self.where)]
+        if self.portion is not None:
+            low, high = self.portion
+            texts = [text for text in texts if low <= _place(text) < high]
         return texts if self.remove is None else [re.sub(self.remove, "", text).strip() for text in texts]
 
     def _prompt(self, text: str) -> str:
@@ -94,6 +103,8 @@ class PromptSet:
         return " ".join(words[: max(1, len(words) // 2)])
 
     def _why_none(self, texts: int) -> str:
+        if not texts and self.portion is not None:
+            return f"no text of its source lies in portion {list(self.portion)}"
         if not texts:
             return f"no row has {dict(self.where)}" if self.where else "its source is empty"
         if self.before is not None:
@@ -110,6 +121,20 @@ def read_rows(
         PolicyPatchError: as `policypatch.data.texts.read_rows`, and for a source that cannot be had, naming `key`.
     """
     return [found for path in fetch_all(source, key) for found in rows_of_file(path, field, where)]
+
+
+def _place(text: str) -> float:
+    """Where a text stands among all texts, in [0, 1), whatever its case and punctuation."""
+    digest = hashlib.blake2b(normalise(text).encode(), digest_size=6).digest()  # 48 bits: exact as a float
+    return int.from_bytes(digest, "big") / 2**48
+
+
+def _is_portion(value: object) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        return False
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
+        return False
+    return bool(0 <= value[0] < value[1] <= 1)
 
 
 def _check_expression(name: str, value: object) -> None:

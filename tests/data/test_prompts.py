@@ -201,3 +201,34 @@ def test_why_there_is_no_prompt_is_said(text_file, tmp_path: Path):
 def test_expressions_and_choices_that_no_config_may_have(field: str, value: object, allowed: str):
     with pytest.raises(PolicyPatchError, match=f"^{field} is .*{allowed}"):
         PromptSet("/any.txt", **{field: value})
+
+
+# --- portions -------------------------------------------------------------------------------------------------------
+
+
+def test_portions_that_do_not_overlap_share_no_text_and_leave_none_out(text_file):
+    texts = [f"text number {i}" for i in range(2000)]
+    source = text_file(*texts)
+    parts = [PromptSet(source, portion=p).load("k") for p in ([0.0, 0.1], [0.1, 0.5], [0.5, 1.0])]
+    assert sorted(t for part in parts for t in part) == sorted(texts)
+    # A share of 2,000 coins has a standard deviation of at most 0.011.
+    assert [len(part) / 2000 for part in parts] == pytest.approx([0.1, 0.4, 0.5], abs=0.04)
+
+
+def test_a_portion_is_told_by_the_text_alone(text_file):
+    """Neither order nor neighbours, case nor punctuation decide where a text stands."""
+    texts = [f"text number {i}" for i in range(50)]
+    kept = PromptSet(text_file(*texts), portion=[0.0, 0.5]).load("k")
+    again = PromptSet(text_file(*[t.upper() + "!" for t in reversed(texts[:20])], name="b.txt"), portion=[0.0, 0.5])
+    assert sorted(normalise(t) for t in again.load("k")) == sorted(t for t in kept if t in texts[:20])
+
+
+@pytest.mark.parametrize("portion", [[0.5], [0.5, 0.5], [-0.1, 1], [0, 1.1], "ab", [False, True], 0.5])
+def test_a_portion_that_is_none_is_refused(portion, text_file):
+    with pytest.raises(PolicyPatchError, match="portion is .*two numbers"):
+        PromptSet(text_file("one"), portion=portion)
+
+
+def test_an_empty_portion_is_told(text_file):
+    with pytest.raises(PolicyPatchError, match=r"k has no prompts: no text of its source lies in portion"):
+        PromptSet(text_file("one"), portion=[0.0, 1e-9]).load("k")
