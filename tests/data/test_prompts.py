@@ -225,7 +225,7 @@ def test_a_portion_is_told_by_the_text_alone(text_file):
 
 @pytest.mark.parametrize("portion", [[0.5], [0.5, 0.5], [-0.1, 1], [0, 1.1], "ab", [False, True], 0.5])
 def test_a_portion_that_is_none_is_refused(portion, text_file):
-    with pytest.raises(PolicyPatchError, match="portion is .*two numbers"):
+    with pytest.raises(PolicyPatchError, match=r"portion is .*two numbers"):
         PromptSet(text_file("one"), portion=portion)
 
 
