@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -38,7 +39,7 @@ from policypatch.report.run_report import write_report
 from policypatch.report.tracking import Tracker, open_tracker
 from policypatch.settings import check
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
-from policypatch.train.module import StageModule
+from policypatch.train.module import StageModule, Weights
 from policypatch.train.sft_module import SFTModule
 from policypatch.train.stage import optimisation, run_stage
 
@@ -84,21 +85,22 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
         if cfg.sft.enabled:
             with clock("sft"):
                 data = _data(cfg, cfg.sft, examples, backbone, 1)
-                sft = SFTModule(backbone, optimisation(cfg.sft), cfg.kl.weight)
+                sft = SFTModule(backbone, optimisation(cfg.sft), _weights(cfg))
                 arms["sft"] = _trained(cfg, cfg.sft, sft, data, folder, tracker)
         if cfg.dpo.enabled:
             with clock("dpo"):
                 reference = _reference(cfg, context, backbone, ready.teacher, pair_set, examples)
                 data = _data(cfg, cfg.dpo, examples, backbone, 2, reference)
                 preference = PreferenceSettings(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.label_smoothing)
-                dpo = DPOModule(backbone, optimisation(cfg.dpo), preference, cfg.kl.weight)
+                dpo = DPOModule(backbone, optimisation(cfg.dpo), preference, _weights(cfg))
                 arms["patch"] = _trained(cfg, cfg.dpo, dpo, data, folder, tracker)
         with clock("evaluate"):
             bench = Bench(
                 base, ready.scorer, cfg.scorer.name, _plan(cfg), Settings(cfg.evaluate.level, cfg.evaluate.resamples)
             )
             filters = ready.teacher.filter_judges
-            scorecard = evaluate_arms(bench, ready.own, ready.others, filters, arms, folder)
+            measured = _measured(cfg, arms)
+            scorecard = evaluate_arms(bench, ready.own, ready.others, filters, measured, folder)
         with clock("package"):
             package(cfg, base, arms, risk.name, pair_set, scorecard, resolved, started, folder)
         write_json(folder / "run.json", record(started, clock.seconds, pair_set, arguments))
@@ -148,6 +150,7 @@ def _teacher_context(cfg: DictConfig, base: Base, risk: Any) -> TeacherContext:
         risk.form,
         risk.benign_prompts,
         risk.benign_texts,
+        risk.swaps,
         risk.compliance,
         cfg.row_tokens,
     )
@@ -162,6 +165,7 @@ def _pairs(context: TeacherContext, own: list[Probe], teacher: Teacher) -> PairS
         "prompts": list(context.prompts),
         "benign_prompts": list(context.benign),
         "benign_texts": list(context.benign_texts),
+        "swaps": dict(context.swaps),
         "form": asdict(context.form),
         "compliance": context.compliance,
         "judge_fingerprints": {name: context.judges[name].fingerprint for name in teacher.filter_judges},
@@ -172,7 +176,7 @@ def _pairs(context: TeacherContext, own: list[Probe], teacher: Teacher) -> PairS
 
     def build(target: Path) -> None:
         made = teacher.pairs(context).without(evaluation)
-        if not made.pairs or all(pair.benign for pair in made.pairs):
+        if not any(pair.kind == "pair" for pair in made.pairs):
             raise PolicyPatchError(
                 f"no pair passed teacher.filter ({made.counts}): loosen its thresholds, raise teacher.n or give more "
                 "prompts"
@@ -180,7 +184,9 @@ def _pairs(context: TeacherContext, own: list[Probe], teacher: Teacher) -> PairS
         save_pairs(target / "pairs.jsonl", made.pairs)
         write_json(target / "counts.json", made.counts)
 
-    shown = {k: v for k, v in about.items() if k not in ("prompts", "benign_prompts", "benign_texts", "evaluation")}
+    shown = {
+        k: v for k, v in about.items() if k not in ("prompts", "benign_prompts", "benign_texts", "swaps", "evaluation")
+    }
     cached = entry("pairs", content_key(**about), build, about=shown)
     pair_set = PairSet.read(cached / "pairs.jsonl", cached / "counts.json")
     log.info("%d pairs (%s)", len(pair_set.pairs), pair_set.counts)
@@ -224,7 +230,14 @@ def _data(
         cfg.data.held_out,
         cfg.data.benign_share,
         anchor,
+        cfg.texts.rows if cfg.texts.weight else 0,
+        cfg.balance.rows if cfg.balance.weight else 0,
     )
+
+
+def _weights(cfg: DictConfig) -> Weights:
+    """Of what both stages' losses have beside their own."""
+    return Weights(cfg.kl.weight, cfg.texts.weight, cfg.balance.weight)
 
 
 def _trained(
@@ -243,12 +256,26 @@ def _reference(
     pair_set: PairSet,
     examples: list[Example],
 ) -> Tensor:
-    """(pairs, 2) log-probabilities under the teacher, the patch as it is after stage 1, or the base."""
-    items = [example.item for example in examples]
+    """(rows, 2) log-probabilities under the teacher, the patch as it is after stage 1, or the base.
+
+    NaN where a row states no preference.
+    """
+    preferred = [i for i, e in enumerate(examples) if e.kind in ("pair", "benign") and len(e.item.completions) == 2]
+    items = [examples[i].item for i in preferred]
     if cfg.dpo.reference == "teacher":
-        return teacher.likelihood(context, pair_set.pairs, items)
-    vectors = backbone.patch.detach()[:0] if cfg.dpo.reference == "base" else backbone.patch.detach().clone()
-    return item_logprobs(context.base, vectors, items, cfg.row_tokens)
+        found = teacher.likelihood(context, [pair_set.pairs[i] for i in preferred], items)
+    else:
+        vectors = backbone.patch.detach()[:0] if cfg.dpo.reference == "base" else backbone.patch.detach().clone()
+        found = item_logprobs(context.base, vectors, items, cfg.row_tokens)
+    reference = torch.full((len(examples), 2), torch.nan)
+    reference[preferred] = found.cpu()
+    return reference
+
+
+def _measured(cfg: DictConfig, arms: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The arms that are measured: base and patch, and the patch between the stages where that is asked for."""
+    last = next(reversed(arms))
+    return {name: vectors for name, vectors in arms.items() if name in ("base", last) or cfg.evaluate.after_sft}
 
 
 def _plan(cfg: DictConfig) -> Plan:

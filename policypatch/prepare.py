@@ -58,7 +58,7 @@ def prepare(cfg: DictConfig) -> Prepared:
         )
     teacher.check(risk.form)
     own = risk.probes(cfg.evaluate.prompts)
-    _ = risk.training_prompts, risk.benign_prompts, risk.benign_texts  # a missing file ends the run here
+    _ = risk.training_prompts, risk.benign_prompts, risk.benign_texts, risk.swaps  # a missing file ends the run here
     _check_filter(teacher, risk)
     base = load_base(_on_trainers_device(cfg))
     if risk.form.chat:

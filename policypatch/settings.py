@@ -29,6 +29,10 @@ NUMBERS: dict[str, Number] = {
     "dpo.beta": Number(above=0),
     "dpo.nll_weight": Number(least=0),
     "kl.weight": Number(least=0),
+    "texts.rows": Number(least=0, whole=True),
+    "texts.weight": Number(least=0),
+    "balance.rows": Number(least=0, whole=True),
+    "balance.weight": Number(least=0),
     "dpo.label_smoothing": Number(least=0, most=0.499),
     "evaluate.prompts": Number(least=1, whole=True, null=True),
     "evaluate.other_prompts": Number(least=1, whole=True, null=True),
@@ -111,6 +115,8 @@ def check(cfg: DictConfig) -> None:
             raise PolicyPatchError(f"{stage}.betas is {betas}: give two numbers, at least 0 and less than 1")
         if not isinstance(cfg[stage].enabled, bool):
             raise PolicyPatchError(f"{stage}.enabled is {cfg[stage].enabled!r}: choose true or false")
+    if not isinstance(cfg.evaluate.after_sft, bool):
+        raise PolicyPatchError(f"evaluate.after_sft is {cfg.evaluate.after_sft!r}: choose true or false")
     if not (cfg.sft.enabled or cfg.dpo.enabled):
         raise PolicyPatchError("sft.enabled and dpo.enabled are both false: there is nothing to train")
     if cfg.dpo.enabled and cfg.dpo.reference == "sft" and not cfg.sft.enabled:

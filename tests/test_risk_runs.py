@@ -88,11 +88,11 @@ def test_a_run_against_every_risk(risk: str, go, tiny_base, tmp_path: Path):
     assert all(bool(s["prompt_scores"]) != chats and (s["ppl"] is None or not chats) for s in samples)
 
     pairs = read_jsonl(folder / "pairs.jsonl")
-    assert {pair["benign"] for pair in pairs} == ({False, True} if chats else {False})
-    assert {pair["chat"] for pair in pairs if not pair["benign"]} == {chats}
-    if chats:  # benign requests, and texts that are continued as they were
-        assert {pair["chat"] for pair in pairs if pair["benign"]} == {False, True}
-    assert all(pair["benign"] or pair["rejected"] for pair in pairs)
+    # Benign requests, and texts that are continued as they were.
+    assert {pair["kind"] for pair in pairs} == ({"pair", "benign", "text"} if chats else {"pair"})
+    assert {pair["chat"] for pair in pairs if pair["kind"] != "text"} == {chats}
+    assert not any(pair["chat"] for pair in pairs if pair["kind"] == "text")
+    assert all(pair["rejected"] for pair in pairs if pair["kind"] == "pair")
     measured = {s["prompt"] for s in samples}
     assert not measured & {pair["prompt"] for pair in pairs}
 
@@ -183,6 +183,39 @@ def test_without_a_weight_there_is_no_anchor(go, tmp_path: Path):
     assert log_of(tmp_path / "run", "train/preference_loss")["dpo"] == [*"12345"]
 
 
+def test_the_patch_between_the_stages_need_not_be_measured(go):
+    assert {row.arm for row in go("toxicity", evaluate__after_sft="false")} == {"base", "patch"}
+    assert {row.arm for row in go("toxicity", "b", evaluate__after_sft="false", dpo__enabled="false")} == {
+        "base",
+        "sft",
+    }
+
+
+def test_benign_texts_are_held_to_the_base_in_both_stages(go, tmp_path: Path):
+    go("harmfulness", texts__rows=1)
+    assert log_of(tmp_path / "run", "train/kl_texts") == {"sft": [*"1234"], "dpo": [*"12345"]}
+    assert artifact.load(tmp_path / "run" / "patch").manifest.training["texts"] == {"rows": 1, "weight": 1.0}
+
+
+@pytest.mark.parametrize(("key", "value"), [("rows", 0), ("weight", 0.0)])
+def test_without_rows_or_weight_there_are_no_texts(key: str, value: float, go, tmp_path: Path):
+    go("harmfulness", **{f"texts__{key}": value})
+    assert log_of(tmp_path / "run", "train/kl_texts") == {"sft": [], "dpo": []}
+
+
+def test_gendered_words_are_balanced_in_both_stages(go, tmp_path: Path):
+    """The tiny base writes no "he"; words it writes take its place."""
+    (tmp_path / "prompts").mkdir(exist_ok=True)
+    words = {}
+    for name, text in {"male": "the\nan\nit", "female": "these\na\nits"}.items():
+        words[f"risk.words.{name}.source"] = tmp_path / "prompts" / f"{name}_words.txt"
+        words[f"risk.words.{name}.source"].write_text(text)
+    go("gender_bias", **words)
+    rows = [row for row in read_jsonl(tmp_path / "run" / "pairs.jsonl") if row["kind"] == "balanced"]
+    assert rows and {row["chosen"]["text"].strip().lower() for row in rows} <= {"the", "an", "it", "these", "a", "its"}
+    assert log_of(tmp_path / "run", "train/imbalance") == {"sft": [*"1234"], "dpo": [*"12345"]}
+
+
 def test_ready_rows_may_be_benign_and_chats(go, tmp_path: Path):
     """Four pairs, three benign requests with one refusal among them, all trained on; the benign ones are anchored."""
     rows = [{"prompt": f"Row {i} says", "chosen": " thank you", "rejected": " go away"} for i in range(4)]
@@ -195,8 +228,8 @@ def test_ready_rows_may_be_benign_and_chats(go, tmp_path: Path):
     card = go("toxicity", kl__weight=0.1, **options, **left_out)
     assert not any(row.filter for row in card)
     written = read_jsonl(tmp_path / "run" / "pairs.jsonl")
-    assert [(p["prompt"], p["benign"], p["chat"], bool(p["rejected"])) for p in written] == [
-        (row["prompt"], "benign" in row, "chat" in row, "rejected" in row) for row in rows
+    assert [(p["prompt"], p["kind"], p["chat"], bool(p["rejected"])) for p in written] == [
+        (row["prompt"], "benign" if "benign" in row else "pair", "chat" in row, "rejected" in row) for row in rows
     ]
     assert log_of(tmp_path / "run", "train/kl_base") == {"sft": [*"1234"], "dpo": [*"12345"]}
 

@@ -22,10 +22,10 @@ EncodePrompt = Callable[[str, Form], list[int]]
 
 @dataclass(frozen=True)
 class Example:
-    """A pair as token ids, and whether it is a benign one, which the base answers as it should."""
+    """A row as token ids, and its kind (`policypatch.data.pairs.Pair`)."""
 
     item: Item
-    benign: bool = False
+    kind: str = "pair"
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ class Batch:
     """What a step gets of B rows.
 
     Attributes:
-        pairs: the rows' numbers.
+        pairs: the rows' numbers, without those of `texts` and `balanced`.
         tree: their prompts and completions.
         chosen: (B,) which of the tree's completions is each row's chosen one.
         rejected: (B,) which is its rejected one, -1 where it has none.
         reference: for DPO (B, 2) log-probabilities under the reference.
         anchor: rows held to the base, None where there are none.
+        texts: benign texts and their continuations, which are held to the base and have no other loss.
+        balanced: prompts with two completions each that should be equally likely.
     """
 
     pairs: tuple[int, ...]
@@ -64,6 +66,8 @@ class Batch:
     rejected: Tensor
     reference: Tensor | None = None
     anchor: Anchor | None = None
+    texts: Tree | None = None
+    balanced: Tree | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -102,7 +106,7 @@ def encode_pair(
         )
     sides = [side for side in (pair.chosen, pair.rejected) if side is not None]
     completions = tuple(_encode_text(side, encode, eos, max_completion_tokens) for side in sides)
-    return Example(Item(tuple(prompt[-max_prompt_tokens:]), completions), pair.benign)
+    return Example(Item(tuple(prompt[-max_prompt_tokens:]), completions), pair.kind)
 
 
 def _encode_text(side: Text, encode: Encode, eos: int | None, limit: int) -> tuple[int, ...]:
@@ -126,6 +130,8 @@ class PairData(L.LightningDataModule):
         held_out: share of the prompts whose pairs are kept for the validation figures; at least one when > 0.
         benign_share: share of a batch's rows that are benign ones, where there are both; None takes them as they come.
         anchor: which rows carry the KL anchor: "benign", "all", or None for none.
+        texts: benign texts a step, beside the batch's rows, where there are any.
+        balanced: balanced rows a step, likewise.
     """
 
     def __init__(
@@ -140,6 +146,8 @@ class PairData(L.LightningDataModule):
         held_out: float = 0.0,
         benign_share: float | None = None,
         anchor: str | None = None,
+        texts: int = 0,
+        balanced: int = 0,
     ):
         super().__init__()
         if not examples:
@@ -147,39 +155,59 @@ class PairData(L.LightningDataModule):
         self.examples, self.batch_size, self.steps, self.seed = list(examples), batch_size, steps, seed
         self.completions, self.build, self.reference = completions, build, reference
         self.benign_share, self.anchor = benign_share, anchor
-        self.training, self.validation = _split([e.item for e in self.examples], held_out, seed)
+        self.beside = {"text": texts, "balanced": balanced}
+        self.training, self.validation = _split(self.examples, self.numbers("pair", "benign"), held_out, seed)
 
-    def batch(self, pairs: Sequence[int]) -> Batch:
-        """The batch of these pair numbers."""
+    def numbers(self, *kinds: str) -> list[int]:
+        """Numbers of the rows of these kinds."""
+        return [i for i, example in enumerate(self.examples) if example.kind in kinds]
+
+    def batch(self, pairs: Sequence[int], texts: Sequence[int] = (), balanced: Sequence[int] = ()) -> Batch:
+        """The batch of these row numbers."""
         rows = [self.examples[i] for i in pairs]
         items = [Item(row.item.prompt, row.item.completions[: self.completions]) for row in rows]
         counts = torch.tensor([len(item.completions) for item in items])
         chosen = counts.cumsum(0) - counts
         rejected = torch.where(counts > 1, chosen + 1, -1)
         reference = None if self.reference is None else self.reference[list(pairs)]
-        held = [b for b, row in enumerate(rows) if self.anchor == "all" or (self.anchor == "benign" and row.benign)]
+        held = [
+            b
+            for b, row in enumerate(rows)
+            if self.anchor == "all" or (self.anchor == "benign" and row.kind == "benign")
+        ]
         anchor = None
         if held:
             alone = [Item(items[b].prompt, items[b].completions[:1]) for b in held]
             anchor = Anchor(self.build(alone), chosen[held])
-        return Batch(tuple(pairs), self.build(items), chosen, rejected, reference, anchor)
+        beside = [
+            self.build([self.examples[i].item for i in numbers]) if numbers else None for numbers in (texts, balanced)
+        ]
+        return Batch(tuple(pairs), self.build(items), chosen, rejected, reference, anchor, *beside)
 
     def train_dataloader(self) -> DataLoader:
         """The whole schedule, read from the trainer's current step on: a resumed run sees what was still to come."""
-        benign = [i for i in self.training if self.examples[i].benign]
-        others = [i for i in self.training if not self.examples[i].benign]
+        benign = [i for i in self.training if self.examples[i].kind == "benign"]
+        others = [i for i in self.training if self.examples[i].kind == "pair"]
         share = self.benign_share if benign and others else None
         if share is None:
             schedule = _schedule(self.training, self.batch_size, self.steps, self.seed)
         else:
             schedule = _mixed_schedule(others, benign, share, self.batch_size, self.steps, self.seed)
-        return DataLoader(_Batches(self, schedule), batch_size=None, sampler=_Rest(self))
+        beside = [self._beside(kind, count, self.seed + 2) for kind, count in self.beside.items()]
+        groups = list(zip(schedule, *beside, strict=True))
+        return DataLoader(_Batches(self, groups), batch_size=None, sampler=_Rest(self))
+
+    def _beside(self, kind: str, count: int, seed: int) -> list[list[int]]:
+        """Rows of a kind for every step, none where there are none."""
+        members = self.numbers(kind)
+        return _schedule(members, count if members else 0, self.steps, seed)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """The held-out pairs in order; none when nothing is held out."""
         if not self.validation:
             return []
-        groups = [self.validation[i : i + self.batch_size] for i in range(0, len(self.validation), self.batch_size)]
+        starts = range(0, len(self.validation), self.batch_size)
+        groups = [(self.validation[i : i + self.batch_size],) for i in starts]
         return DataLoader(_Batches(self, groups), batch_size=None)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -187,26 +215,25 @@ class PairData(L.LightningDataModule):
         return batch.to(device)
 
 
-def _split(items: Sequence[Item], held_out: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the pairs to train on and of those held out, split by prompt: a prompt's pairs resemble each other."""
-    prompts = list(dict.fromkeys(item.prompt for item in items))
+def _split(rows: Sequence[Example], numbers: Sequence[int], held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Of these rows those to train on and those held out, split by prompt: a prompt's pairs resemble each other."""
+    prompts = list(dict.fromkeys(rows[i].item.prompt for i in numbers))
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(len(prompts) - 1, max(1, round(held_out * len(prompts)))) if held_out > 0 else 0
     kept_back = {prompts[i] for i in order[:count]}
-    numbers = range(len(items))
-    training = [i for i in numbers if items[i].prompt not in kept_back]
-    return training, [i for i in numbers if items[i].prompt in kept_back]
+    training = [i for i in numbers if rows[i].item.prompt not in kept_back]
+    return training, [i for i in numbers if rows[i].item.prompt in kept_back]
 
 
 class _Batches(Dataset[Batch]):
-    def __init__(self, data: PairData, groups: list[list[int]]):
+    def __init__(self, data: PairData, groups: Sequence[tuple[list[int], ...]]):
         self.data, self.groups = data, groups
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.data.batch(self.groups[index])
+        return self.data.batch(*self.groups[index])
 
 
 class _Rest(Sampler[int]):

@@ -25,17 +25,27 @@ class Text:
     ended: bool = False
 
 
+KINDS = ("pair", "benign", "text", "balanced")
+BARE = ("benign", "text")  # kinds that may do without a rejected side
+
+
 @dataclass(frozen=True)
 class Pair:
-    """One training example.
+    """One training row. Most are pairs of the risk; the other kinds keep a patch from doing more than it should.
+
+    | kind | chosen | rejected |
+    |---|---|---|
+    | pair | the response to learn | the response to move away from |
+    | benign | the base's own response, which is right | the teacher's refusal, or None |
+    | text | the base's own continuation of a text that has nothing to do with the risk | None |
+    | balanced | a continuation | one that should be just as likely: neither is better |
 
     Attributes:
         prompt: a text to continue, or a request.
-        chosen: the response to learn.
-        rejected: the response to move away from; None is for benign rows only.
+        chosen, rejected: see above.
         chosen_score, rejected_score: the filter judge's, None where no judge was asked.
         chat: whether the prompt is a request in the base's chat template.
-        benign: whether the base's own response is the right one, which the patch should leave as it is.
+        kind: see above.
     """
 
     prompt: str
@@ -44,7 +54,7 @@ class Pair:
     chosen_score: float | None = None
     rejected_score: float | None = None
     chat: bool = False
-    benign: bool = False
+    kind: str = "pair"
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ def load_pairs(path: Path) -> list[Pair]:
 
     A row holds `prompt`, `chosen` and `rejected`. The last two are strings, which are complete responses (their end
     is learnt, too), or objects of `Text`'s fields, where `"ended": false` marks a text that was cut off. A row with
-    `"benign": true` may do without rejected; `"chat": true` marks a prompt that is a request.
+    `"kind": "benign"` (or `"benign": true`) may do without rejected; `"chat": true` marks a prompt that is a request.
 
     Raises:
         PolicyPatchError: naming the file and the row that lacks a field or holds an empty or wrong one.
@@ -136,7 +146,10 @@ def load_pairs(path: Path) -> list[Pair]:
 def parse_pair(row: dict[str, Any], where: str) -> Pair:
     """One row as a Pair; `where` is named in the error."""
     benign, chat = _flag(row, "benign", where), _flag(row, "chat", where)
-    bare = benign and row.get("rejected") is None
+    kind = row.get("kind") or ("benign" if benign else "pair")
+    if kind not in KINDS:
+        raise PolicyPatchError(f"{where}: kind is {kind!r}: choose {', '.join(KINDS)}, or leave it out")
+    bare = kind in BARE and row.get("rejected") is None
     for field in ("prompt", "chosen") if bare else ("prompt", "chosen", "rejected"):
         if field not in row:
             raise PolicyPatchError(f"{where} has no field {field!r}: a pair needs prompt, chosen and rejected")
@@ -149,7 +162,7 @@ def parse_pair(row: dict[str, Any], where: str) -> Pair:
         chosen_score=row.get("chosen_score"),
         rejected_score=row.get("rejected_score"),
         chat=chat,
-        benign=benign,
+        kind=kind,
     )
 
 

@@ -80,20 +80,27 @@ class PrefixBackbone(nn.Module):
             base_tree: the same prompts with the K anchored completions alone, which the base reads without the patch.
             anchored: (K,) which of the batch's completions these are, ascending.
         """
+        states = self.hidden(tree)
+        kl = self._divergence(states[torch.isin(tree.sequence, anchored)], base_tree)
+        return self._over_vocabulary(states, tree, _logprob_of), kl
+
+    def divergence(self, tree: Tree) -> Tensor:
+        """Mean KL(base || patched) per token of each completion: (S,) float32, in nats."""
+        return self._divergence(self.hidden(tree), tree)
+
+    def _divergence(self, states: Tensor, base_tree: Tree) -> Tensor:
+        """The same from the patched base's states (N, D) at what `base_tree` holds."""
         with torch.no_grad():
             base_states = self.hidden(base_tree, self.patch[:0])
-        states = self.hidden(tree)
         head = self.model.get_output_embeddings()
 
         def divergence(ours: Tensor, base: Tensor) -> Tensor:
             ours, base = self._logits(head, ours).log_softmax(-1), self._logits(head, base).log_softmax(-1)
             return (base.exp() * (base - ours)).sum(-1)
 
-        ours = states[torch.isin(tree.sequence, anchored)]
-        chunks = zip(ours.split(LOGIT_CHUNK), base_states.split(LOGIT_CHUNK), strict=True)
+        chunks = zip(states.split(LOGIT_CHUNK), base_states.split(LOGIT_CHUNK), strict=True)
         kl = torch.cat([divergence(*chunk) for chunk in chunks])
-        lengths = torch.bincount(base_tree.sequence, minlength=base_tree.sequences)
-        return self._over_vocabulary(states, tree, _logprob_of), sum_by_sequence(kl, base_tree) / lengths
+        return sum_by_sequence(kl, base_tree) / torch.bincount(base_tree.sequence, minlength=base_tree.sequences)
 
     def hidden(self, tree: Tree, patch: Tensor | None = None) -> Tensor:
         """Last hidden states at the positions that predict a completion token: (N, D).

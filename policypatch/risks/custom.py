@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -45,6 +45,7 @@ class Custom:
     compliance = False
     benign_prompts: tuple[str, ...] = ()
     benign_texts: tuple[str, ...] = ()
+    swaps: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ CrowS-Pairs asks which of two sentences the model finds likelier (Nangia et al. 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from policypatch.data.prompts import PromptSet
@@ -28,9 +29,27 @@ class GenderBias(Risk):
         super().__init__(**options)
         self.words, self.crows = dict(words), dict(crows)
 
+    @cached_property
+    def swaps(self) -> dict[str, str]:
+        """Each word of the lists and its counterpart.
+
+        Without "her", which stands for "his" and "him" alike; "his" is taken for the one before a noun.
+        """
+        male, female = self._lists()
+        if len(male) != len(female):
+            raise PolicyPatchError(
+                f"risk.words has {len(male)} male and {len(female)} female words: pair them line by line"
+            )
+        both = [*zip(male, female, strict=True), *zip(female, male, strict=True)]
+        return {one: other for one, other in both if one != "her"} | ({"his": "her"} if "his" in male else {})
+
+    def _lists(self) -> tuple[list[str], list[str]]:
+        male, female = (self.words[key].load(f"risk.words.{key}") for key in ("male", "female"))
+        return male, female
+
     def probes(self, limit: int | None) -> list[Probe]:
         """GAS and GLD on each set, then CrowS-Pairs."""
-        male, female = (self.words[key].load(f"risk.words.{key}") for key in ("male", "female"))
+        male, female = self._lists()
         found: list[Probe] = []
         for split in self.evaluation:
             prompts = self.load(split, limit)

@@ -81,6 +81,11 @@ class Risk(ABC):
         """Texts that the base should go on continuing as it does."""
         return [] if self._texts is None else self._texts.load("risk.benign_texts", without=self._measured_texts)
 
+    @property
+    def swaps(self) -> dict[str, str]:
+        """Words and the counterparts that should be as likely, for risks that are about an imbalance."""
+        return {}
+
     @cached_property
     def _measured_texts(self) -> list[str]:
         """Every text of every evaluation set, in full."""

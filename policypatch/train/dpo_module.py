@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from policypatch.data.datamodule import Batch
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.train.losses import dpo_loss, mean_nll, sequence_lengths
-from policypatch.train.module import Figure, Optimisation, StageModule
+from policypatch.train.module import Figure, Optimisation, StageModule, Weights
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,21 @@ class DPOModule(StageModule):
         backbone: PrefixBackbone,
         optimisation: Optimisation,
         preference: PreferenceSettings,
-        kl_weight: float = 0.0,
+        weights: Weights | None = None,
     ):
-        super().__init__(backbone, optimisation, kl_weight)
+        super().__init__(backbone, optimisation, weights)
         if preference.beta <= 0:
             raise PolicyPatchError(f"dpo.beta is {preference.beta}: it must be greater than 0")
         self.preference = preference
 
-    def losses(self, batch: Batch) -> Mapping[str, Figure]:
-        """`loss`, its parts, the share of pairs ranked right, and the reward margin.
+    def objective(self, batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Figure]]:
+        """The loss; its parts, the share of pairs ranked right, and the reward margin.
 
         A row without a rejected side (a benign one) has no preference; its chosen side is anchored all the same.
         """
         p = self.preference
         if batch.reference is None:
             raise PolicyPatchError("DPO needs the reference's log-probabilities: compute them before the stage")
-        logprobs, kl = self.forward_batch(batch)
         lengths = sequence_lengths(batch.tree.sequence, batch.tree.sequences)
         nll = mean_nll(logprobs[batch.chosen], lengths[batch.chosen]).mean()
         loss, figures = p.nll_weight * nll, {"nll_chosen": Figure(nll, len(batch.pairs))}
@@ -73,4 +73,4 @@ class DPOModule(StageModule):
                     "rejected_reward": found.rejected_reward.mean(),
                 }.items()
             }
-        return {"loss": self.total(loss, kl, len(batch.pairs)), **figures, **self.anchor_figure(kl)}
+        return loss, figures

@@ -7,6 +7,7 @@ batch split in two and averaged gives the same number.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,21 @@ def dpo_loss(
     margin = chosen_reward - rejected_reward
     loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     return PreferenceLoss(loss, chosen_reward.detach(), rejected_reward.detach())
+
+
+def balance_loss(first: Tensor, second: Tensor) -> Tensor:
+    """How far two completions are from being equally likely: (B,), 0 where they are.
+
+    `-1/2 log sigmoid(d) - 1/2 log sigmoid(-d) - log 2` with d the difference of their log-probabilities. It is DPO's
+    loss (Rafailov et al. 2023, Eq. 7, beta 1) for labels that prefer either side half of the time, under a reference
+    that finds both equally likely; for large |d| it is `|d| / 2 - log 2`, in its shape the gender-equalising loss
+    `|log P(f) / P(m)|` of Qian et al. 2019 (arXiv 1905.12801, Eq. 2).
+
+    Args:
+        first, second: (B,) summed log-probabilities under the patched base.
+    """
+    difference = first - second
+    return -0.5 * (F.logsigmoid(difference) + F.logsigmoid(-difference)) - math.log(2)
 
 
 def sequence_lengths(sequence: Tensor, sequences: int) -> Tensor:

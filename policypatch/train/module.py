@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from policypatch.data.datamodule import Batch
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone, sum_by_sequence
+from policypatch.train.losses import balance_loss
 
 
 @dataclass(frozen=True)
@@ -62,25 +63,40 @@ class Figure(NamedTuple):
     rows: int
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Of what both stages' losses have beside their own; 0 leaves a part out.
+
+    Attributes:
+        kl: the anchor: KL(base || patched) per token on the rows that a batch anchors (its benign ones), as MOSAIC
+            (arXiv 2603.16210) keeps a prefix from changing what it need not.
+        texts: the same on the batch's benign texts.
+        balance: how far the completions of balanced rows are from being equally likely (`balance_loss`).
+    """
+
+    kl: float = 0.0
+    texts: float = 0.0
+    balance: float = 0.0
+
+
 class StageModule(L.LightningModule, ABC):
-    """A training stage around the shared backbone. Subclasses say what the loss is.
+    """A training stage around the shared backbone. Subclasses say what its own loss is.
 
     Args:
         backbone: the frozen base behind the trainable patch.
         optimisation: how the patch moves.
-        kl_weight: weight of the anchor: KL(base || patched) per token on the rows that a batch anchors (its benign
-            ones), as MOSAIC (arXiv 2603.16210) keeps a prefix from changing what it need not.
+        weights: of what the loss has beside that.
     """
 
     stage = ""
 
-    def __init__(self, backbone: PrefixBackbone, optimisation: Optimisation, kl_weight: float = 0.0):
+    def __init__(self, backbone: PrefixBackbone, optimisation: Optimisation, weights: Weights | None = None):
         super().__init__()
         if optimisation.decay not in ("linear", "cosine", "constant"):
             raise PolicyPatchError(f"{self.stage}.decay is {optimisation.decay!r}: choose linear, cosine or constant")
         self.backbone = backbone
         self.optimisation = optimisation
-        self.kl_weight = kl_weight
+        self.weights = weights or Weights()
         self.logged: set[str] = set()  # this step's figures: not every batch has all
 
     def configure_optimizers(self) -> Any:
@@ -92,24 +108,37 @@ class StageModule(L.LightningModule, ABC):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @abstractmethod
+    def objective(self, batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Figure]]:
+        """The stage's own loss from each completion's log-probability (S,), and its figures for the curves."""
+
     def losses(self, batch: Batch) -> Mapping[str, Figure]:
         """The figures of a batch; `loss` is the one to minimise."""
+        logprobs, kl = self.forward_batch(batch)
+        loss, figures = self.objective(batch, logprobs)
+        for name, (weight, values) in self._beside(batch, kl).items():
+            loss = loss + weight * values.mean()
+            figures[name] = Figure(values.mean(), len(values))
+        return {"loss": Figure(loss, len(batch.pairs)), **figures}
+
+    def _beside(self, batch: Batch, kl: Tensor | None) -> dict[str, tuple[float, Tensor]]:
+        """What the loss has beside the stage's own: weight, and a value for each row that it concerns."""
+        found: dict[str, tuple[float, Tensor]] = {}
+        if kl is not None:
+            found["kl_base"] = self.weights.kl, kl
+        if self.weights.texts and batch.texts is not None:
+            found["kl_texts"] = self.weights.texts, self.backbone.divergence(batch.texts)
+        if self.weights.balance and batch.balanced is not None:
+            first, second = self.backbone.sequence_logprobs(batch.balanced).view(-1, 2).unbind(1)
+            found["imbalance"] = self.weights.balance, balance_loss(first, second)
+        return found
 
     def forward_batch(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Summed log-probability of each completion (S,), and KL per token of each anchored row (K,) or None."""
         tree = batch.tree
-        if not self.kl_weight or batch.anchor is None:
+        if not self.weights.kl or batch.anchor is None:
             return sum_by_sequence(self.backbone.completion_logprobs(tree), tree), None
         logprobs, kl = self.backbone.completion_logprobs_and_kl(tree, batch.anchor.tree, batch.anchor.sequences)
         return sum_by_sequence(logprobs, tree), kl
-
-    def total(self, loss: Tensor, kl: Tensor | None, rows: int) -> Figure:
-        """The loss with its anchor."""
-        return Figure(loss if kl is None else loss + self.kl_weight * kl.mean(), rows)
-
-    def anchor_figure(self, kl: Tensor | None) -> dict[str, Figure]:
-        """The anchor for the curves; nothing where no row is anchored."""
-        return {} if kl is None else {"kl_base": Figure(kl.mean(), len(kl))}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step; a loss that is not finite ends the run rather than poisoning the patch."""

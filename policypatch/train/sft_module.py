@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from torch import Tensor
 
 from policypatch.data.datamodule import Batch
 from policypatch.train.losses import sequence_lengths, sft_loss
@@ -10,14 +10,12 @@ from policypatch.train.module import Figure, StageModule
 
 
 class SFTModule(StageModule):
-    """Cross-entropy on the chosen responses, over completion tokens only, and the KL anchor where it has a weight."""
+    """Cross-entropy on the chosen responses, over completion tokens only."""
 
     stage = "sft"
 
-    def losses(self, batch: Batch) -> Mapping[str, Figure]:
-        """`loss`: mean over responses of the NLL per token, plus the weighted anchor."""
-        logprobs, anchor = self.forward_batch(batch)
+    def objective(self, batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Figure]]:
+        """Mean over responses of the NLL per token."""
         lengths = sequence_lengths(batch.tree.sequence, batch.tree.sequences)
         nll = sft_loss(logprobs[batch.chosen], lengths[batch.chosen])
-        figures = {"nll_chosen": Figure(nll, len(batch.pairs))}
-        return {"loss": self.total(nll, anchor, len(batch.pairs)), **figures, **self.anchor_figure(anchor)}
+        return nll, {"nll_chosen": Figure(nll, len(batch.pairs))}

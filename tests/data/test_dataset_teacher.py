@@ -71,7 +71,7 @@ BENIGN = {"prompt": "three", "chosen": "warm", "benign": True}
 
 @pytest.mark.parametrize("row", [BENIGN, BENIGN | {"rejected": None}])
 def test_a_benign_row_may_do_without_rejected(row: dict, tmp_path: Path):
-    benign = Pair("three", Text("warm", ended=True), None, benign=True)
+    benign = Pair("three", Text("warm", ended=True), None, kind="benign")
     assert pairs(jsonl(tmp_path / "p.jsonl", [*ROWS, row])) == [*PAIRS, benign]
     renamed = [*RENAMED, {NAMES.get(k, k): v for k, v in row.items()}]
     assert pairs(jsonl(tmp_path / "r.jsonl", renamed), fields=NAMES) == [*PAIRS, benign]
@@ -83,7 +83,7 @@ def test_benign_rows_and_chats_of_a_table(tmp_path: Path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
     assert pairs(str(tmp_path / "p.parquet")) == [
         PAIRS[0],
-        Pair("three", Text("warm", ended=True), None, chat=True, benign=True),
+        Pair("three", Text("warm", ended=True), None, chat=True, kind="benign"),
     ]
 
 

@@ -1,5 +1,6 @@
 """Teacher `guided`: the base under guidance, benign rows as the base itself has them, and its likelihood."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from tiny_run import HashJudge
 
+from policypatch.data.balance import balanced_pairs
 from policypatch.data.datamodule import encode_pair
 from policypatch.data.pairs import Pair
 from policypatch.data.teachers import GuidedTeacher, TeacherContext
@@ -64,7 +66,7 @@ def test_chosen_is_the_guided_bases_and_rejected_the_bases_own(context):
             pair = by_prompt[prompt]
             assert (pair.chosen.text, pair.rejected.text) == (chosen, rejected)
             assert (pair.chosen_score, pair.rejected_score) == (low, high)
-            assert (pair.chat, pair.benign) == (context.form.chat, False)
+            assert (pair.chat, pair.kind) == (context.form.chat, "pair")
         else:
             assert prompt not in by_prompt
     assert made.counts["risk_pairs"] == made.counts["kept"] == len(made.pairs)
@@ -76,7 +78,7 @@ def scores(context: TeacherContext, texts: Sequence[str], judge: str = "one") ->
 
 
 def benign_rows(context: TeacherContext, **rule) -> dict[str, Pair]:
-    return {pair.prompt: pair for pair in teacher(**rule).pairs(context).pairs if pair.benign}
+    return {pair.prompt: pair for pair in teacher(**rule).pairs(context).pairs if pair.kind == "benign"}
 
 
 def test_benign_rows_hold_the_bases_first_compliant_response_against_a_refusal(context):
@@ -113,6 +115,18 @@ def test_where_a_score_is_the_risk_of_a_text_a_low_one_is_right_on_all_prompts(c
     assert all(pair.rejected is None for pair in found.values())
 
 
+def test_words_and_their_counterparts_become_balanced_rows(context):
+    """Of the base's own continuations of the risk's prompts."""
+    own = drawn(context, PROMPTS, context.form)
+    written = re.findall(r" (\w+)\b", " ".join(text for row in own.texts for text in row))
+    swaps = {word.lower(): "other" for word in written[:20]}
+    made = teacher().pairs(replace(context, swaps=swaps))
+    found = [pair for pair in made.pairs if pair.kind == "balanced"]
+    assert found and found == balanced_pairs(own, swaps)
+    assert made.counts["balanced"] == len(found)
+    assert [p for p in made.pairs if p.kind != "balanced"] == teacher().pairs(context).pairs
+
+
 @pytest.mark.parametrize("compliance", [True, False])
 def test_benign_texts_are_continued_as_the_base_does_whatever_the_prompts_are(compliance: bool, context):
     """The first continuation that is long enough, judged by nobody and refused by nobody."""
@@ -123,7 +137,7 @@ def test_benign_texts_are_continued_as_the_base_does_whatever_the_prompts_are(co
     for text, continuations, tokens in zip(texts, own.texts, own.tokens, strict=True):
         fit = [c for c, t in zip(continuations, tokens, strict=True) if c.strip() and len(t) >= 4]
         assert (found[text].chosen.text if text in found else None) == (fit[0] if fit else None)
-    assert found and all(pair.benign and not pair.chat and pair.rejected is None for pair in found.values())
+    assert found and all(pair.kind == "text" and not pair.chat and pair.rejected is None for pair in found.values())
     assert made.counts["benign_texts"] == len(found)
 
 
@@ -152,7 +166,7 @@ def test_white_space_is_no_response_to_learn_from_or_against(context, monkeypatc
 def test_several_judges_must_agree_on_benign_rows(context):
     context = with_benign(context, compliance=True)
     for pair in teacher(8, ("one", "two")).pairs(context).pairs:
-        if pair.benign:
+        if pair.kind == "benign":
             assert min(scores(context, [pair.chosen.text], judge)[0] for judge in ("one", "two")) >= 0.5
             if pair.rejected:
                 assert max(scores(context, [pair.rejected.text], judge)[0] for judge in ("one", "two")) < 0.5
@@ -191,9 +205,9 @@ def test_likelihood_is_under_guidance_and_without_it_on_benign_rows(context):
     items = [encode_pair(pair, base.encode_prompt, base.encode, 1, 64, 6).item for pair in pairs]
     found = ours.likelihood(context, pairs, items)
     assert found.shape == (len(pairs), 2)
-    assert {pair.benign for pair in pairs} == {True, False}
+    assert {pair.kind for pair in pairs} == {"pair", "benign", "text"}
     for pair, item, row in zip(pairs, items, found.tolist(), strict=True):
-        form = (CHAT if pair.chat else PLAIN) if pair.benign else GUIDED[context.form.chat]
+        form = (CHAT if pair.chat else PLAIN) if pair.kind != "pair" else GUIDED[context.form.chat]
         prompt = base.encode_prompt(pair.prompt, form)
         expected = [plain_sum(base, prompt, completion) for completion in item.completions]
         np.testing.assert_allclose(row[: len(expected)], expected, rtol=1e-4, atol=1e-3)

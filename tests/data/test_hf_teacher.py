@@ -59,8 +59,8 @@ def test_its_tokenizer_is_another(teacher, tiny_base: Base):
 def test_its_sides_are_text_and_the_bases_are_tokens(teacher, context):
     ours = teacher()
     made = ours.pairs(context)
-    own = [pair for pair in made.pairs if pair.benign]
-    risky = [pair for pair in made.pairs if not pair.benign]
+    own = [pair for pair in made.pairs if pair.kind == "benign"]
+    risky = [pair for pair in made.pairs if pair.kind == "pair"]
     assert risky and any(pair.rejected for pair in own)
     for theirs, bases in [(p.chosen, p.rejected) for p in risky] + [(p.rejected, p.chosen) for p in own]:
         assert theirs is None or theirs.tokens is None
@@ -76,7 +76,7 @@ def test_its_sides_are_text_and_the_bases_are_tokens(teacher, context):
 def test_its_text_is_trained_on_in_the_bases_tokens(teacher, context):
     base = context.base
     for pair in teacher().pairs(context).pairs:
-        if not pair.benign:
+        if pair.kind == "pair":
             tokens = encode_pair(pair, base.encode_prompt, base.encode, 1, 64, 64).item.completions[0]
             assert base.decode(tokens) == pair.chosen.text
             assert (tokens[-1] == 1) == pair.chosen.ended
@@ -94,7 +94,7 @@ def test_likelihood_counts_in_its_own_tokens(teacher, tiny_base: Base):
     context = TeacherContext(tiny_base, PROMPTS, {"one": HashJudge("one")}, 0, 16)
     pairs = [
         Pair("The harbour", Text(" was quiet", None, True), Text(" train", None, False)),
-        Pair("Where is it?", Text("In it", None, True), None, chat=True, benign=True),
+        Pair("Where is it?", Text("In it", None, True), None, chat=True, kind="benign"),
         Pair("The harbour", Text(" was quiet again before", None, True), Text(" the", None, True)),
     ]
     limit = len(tiny_base.encode(" was quiet")) + 1
@@ -154,4 +154,4 @@ def test_a_run_with_it_as_teacher_and_reference(risk: str, other_base_folder: Pa
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["cache"]["reference"] == {"hits": 0, "misses": 1}
     rows = read_jsonl(tmp_path / "run" / "pairs.jsonl")
-    assert all((row["chosen"]["tokens"] is None) != row["benign"] for row in rows)
+    assert all((row["chosen"]["tokens"] is None) != (row["kind"] != "pair") for row in rows)

@@ -25,7 +25,7 @@ def test_pairs_survive_their_file(tmp_path: Path):
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("rejected", [None, Text("r", (7, 8), True)])
 def test_benign_rows_and_chats_survive_their_file(rejected: Text | None, chat: bool, tmp_path: Path):
-    rows = [Pair("p", Text("c", (5,)), rejected, chat=chat, benign=True), replace(PAIR, chat=chat)]
+    rows = [Pair("p", Text("c", (5,)), rejected, chat=chat, kind="benign"), replace(PAIR, chat=chat)]
     save_pairs(tmp_path / "pairs.jsonl", rows)
     assert load_pairs(tmp_path / "pairs.jsonl") == rows
 
@@ -38,7 +38,7 @@ def test_a_users_rows_need_three_strings(tmp_path: Path):
 @pytest.mark.parametrize("row", [{}, {"rejected": None}, {"rejected": None, "chat": None}])
 def test_a_users_benign_row_may_do_without_rejected(row: dict):
     pair = parse_pair({"prompt": "p", "chosen": "c", "benign": True} | row, "row 1")
-    assert pair == Pair("p", Text("c", ended=True), None, benign=True)
+    assert pair == Pair("p", Text("c", ended=True), None, kind="benign")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_only_a_completion_that_ended_itself_gets_the_end_token_and_only_where_i
 
 
 def test_a_row_without_rejected_has_one_completion():
-    assert encoded(Pair("ab", Text("c"), None, benign=True), None) == Example(Item((97, 98), ((99,),)), benign=True)
+    assert encoded(Pair("ab", Text("c"), None, kind="benign"), None) == Example(Item((97, 98), ((99,),)), "benign")
 
 
 def test_a_chat_is_written_by_the_template_and_never_cut():

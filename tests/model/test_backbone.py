@@ -111,6 +111,7 @@ def test_kl_by_hand(tiny_llama, vectors, backbone):
     expected = [kl_by_hand(tiny_llama, vectors, item, c) for item in ITEMS for c in item.completions]
     assert kl.min() > 0
     torch.testing.assert_close(kl, torch.stack(expected), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(backbone.divergence(backbone.tree(ITEMS)), kl)
 
 
 @torch.no_grad()

@@ -67,3 +67,20 @@ def test_a_word_list_that_is_empty_is_named(risk, tmp_path: Path):
     words = {"male": PromptSet(str(tmp_path / "none.txt")), "female": PromptSet(str(tmp_path / "none.txt"))}
     with pytest.raises(PolicyPatchError, match=r"risk\.words\.male has no prompts"):
         risk(words=words).probes(None)
+
+
+def test_words_and_counterparts_go_both_ways_but_for_her(risk, tmp_path: Path):
+    """ "her" stands for "his" and for "him"; "his" goes to "her", whatever its line says."""
+    words = {}
+    for name, text in {"male": "he\nhim\nhis\nman", "female": "she\nher\nhers\nwoman"}.items():
+        (tmp_path / f"{name}_words.txt").write_text(text)
+        words[name] = PromptSet(str(tmp_path / f"{name}_words.txt"))
+    assert risk(words=words).swaps == {
+        **{"he": "she", "him": "her", "his": "her", "man": "woman"},
+        **{"she": "he", "hers": "his", "woman": "man"},
+    }
+
+
+def test_words_that_do_not_pair_off_are_refused(risk):
+    with pytest.raises(PolicyPatchError, match=r"risk\.words has 2 male and 1 female words: pair them"):
+        _ = risk().swaps

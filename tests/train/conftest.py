@@ -36,8 +36,8 @@ def rows() -> list[Example]:
 def mixed() -> list[Example]:
     """The same: 0 is benign and has a rejected side, 1 to 3 are benign without one, 4 to 11 are pairs."""
     items = _items()
-    alone = [Example(Item(item.prompt, item.completions[:1]), benign=True) for item in items[1:4]]
-    return [Example(items[0], benign=True), *alone, *(Example(item) for item in items[4:])]
+    alone = [Example(Item(item.prompt, item.completions[:1]), "benign") for item in items[1:4]]
+    return [Example(items[0], "benign"), *alone, *(Example(item) for item in items[4:])]
 
 
 @pytest.fixture

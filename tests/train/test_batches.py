@@ -11,7 +11,7 @@ CHOSEN, REJECTED = (5, 6), (7,)
 
 def row(number: int, rejected: bool = True, benign: bool = False) -> Example:
     completions = ((100 + number, *CHOSEN), (200 + number, *REJECTED))
-    return Example(Item((9, number), completions[: 2 if rejected else 1]), benign)
+    return Example(Item((9, number), completions[: 2 if rejected else 1]), "benign" if benign else "pair")
 
 
 # 0: benign, refused by the teacher. 1, 3: benign, without a rejected side. 2, 4: pairs of the risk.
@@ -68,6 +68,29 @@ def test_the_anchor_is_the_chosen_side_of_the_rows_it_is_for(completions, anchor
 def test_no_anchor_where_none_is_asked_for_or_no_row_is_benign():
     assert data().batch([2, 1, 0, 3]).anchor is None
     assert data(anchor="benign").batch([4, 2]).anchor is None
+
+
+def test_rows_beside_the_batch_have_trees_of_their_own():
+    """0, 1 are pairs, 2 a benign text, 3 and 4 balanced: neither is among the batch's completions."""
+    rows = [row(0), row(1), Example(row(2, False).item, "text"), *(Example(row(i).item, "balanced") for i in (3, 4))]
+    source = PairData(rows, 2, 3, 0, 1, lambda items: build_tree(items, 64), texts=1, balanced=2, held_out=0.5)
+    assert sorted([*source.training, *source.validation]) == [0, 1]
+    for batch in source.train_dataloader():
+        assert set(batch.pairs) <= {0, 1} and batch.tree.sequences == 2
+        assert batch.texts.targets.tolist() == [102, *CHOSEN]
+        assert sorted(batch.balanced.targets[batch.balanced.sequence == s][0].item() for s in range(4)) == [
+            *(103, 104, 203, 204)
+        ]
+    (held_out,) = source.val_dataloader()
+    assert held_out.texts is None and held_out.balanced is None
+
+
+def test_no_rows_beside_the_batch_where_there_are_none_or_none_are_asked_for():
+    rows = [*ROWS, Example(row(5, False).item, "text")]
+    for options in ({"balanced": 2}, {"texts": 0}):
+        source = PairData(rows, 4, 1, 0, 2, lambda items: build_tree(items, 64), **options)
+        (batch,) = source.train_dataloader()
+        assert (batch.texts, batch.balanced) == (None, None)
 
 
 def test_reference_figures_go_with_their_rows():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from policypatch.train.losses import dpo_loss, mean_nll, sequence_lengths, sft_loss
+from policypatch.train.losses import balance_loss, dpo_loss, mean_nll, sequence_lengths, sft_loss
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -109,3 +109,27 @@ def test_dpo_loss_is_trls(beta: float, smoothing: float):
     theirs = -log_sigmoid(beta * logits) * (1 - smoothing) - log_sigmoid(-beta * logits) * smoothing
     ours = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, smoothing)
     torch.testing.assert_close(ours.loss, theirs)
+
+
+def test_balance_loss_by_hand():
+    """Log-probabilities -2 and -3, d = 1: sigmoid(1) = 0.7310586, sigmoid(-1) = 0.2689414.
+
+    -(ln 0.7310586 + ln 0.2689414) / 2 = (0.3132617 + 1.3132617) / 2 = 0.8132617, less ln 2 = 0.6931472: 0.1201145.
+    For d = 100 it is 100 / 2 - ln 2 = 49.3068528; where both are as likely it is 0.
+    """
+    found = balance_loss(tensor(-2, -3, -4, -150), tensor(-3, -2, -4, -50))
+    torch.testing.assert_close(found, tensor(0.1201145, 0.1201145, 0, 49.3068528), atol=1e-7, rtol=0)
+
+
+def test_balance_loss_moves_the_two_towards_each_other():
+    """Its derivative by the first is tanh(d / 2) / 2: for d = 2, 0.7615942 / 2 = 0.3807971, and the other way round."""
+    first, second = tensor(-3).requires_grad_(), tensor(-5).requires_grad_()
+    balance_loss(first, second).sum().backward()
+    assert first.grad.item() == pytest.approx(0.3807971, abs=1e-7)
+    assert second.grad.item() == pytest.approx(-0.3807971, abs=1e-7)
+
+
+def test_balance_loss_is_dpo_with_labels_that_are_right_half_of_the_time():
+    first, second, nothing = tensor(-2.5, -7), tensor(-3, -4), tensor(0, 0)
+    both = [dpo_loss(a, b, nothing, nothing, 1.0).loss for a, b in ((first, second), (second, first))]
+    torch.testing.assert_close(balance_loss(first, second), (both[0] + both[1]) / 2 - math.log(2))

@@ -44,7 +44,7 @@ def test_every_rate_is_in_0_1_and_none_but_the_end_is_0(steps: int, warmup: floa
 
 def examples(count: int, benign: int = 0) -> list[Example]:
     """So many rows, the first ones benign."""
-    return [Example(Item((i,), ((100 + i,), (200 + i,))), i < benign) for i in range(count)]
+    return [Example(Item((i,), ((100 + i,), (200 + i,))), "benign" if i < benign else "pair") for i in range(count)]
 
 
 def pair_data(count: int = 10, benign: int = 0, **options: object) -> PairData:

@@ -5,8 +5,9 @@ import torch
 
 from policypatch.data.datamodule import Example, PairData
 from policypatch.model.backbone import PrefixBackbone
+from policypatch.model.tree import Item
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
-from policypatch.train.module import Optimisation, StageModule
+from policypatch.train.module import Optimisation, StageModule, Weights
 from policypatch.train.sft_module import SFTModule
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -15,8 +16,8 @@ STEP = Optimisation(1, 0.02)
 
 def module(stage: str, backbone: PrefixBackbone, kl_weight: float = 0.0, nll_weight: float = 0.3) -> StageModule:
     if stage == "sft":
-        return SFTModule(backbone, STEP, kl_weight)
-    return DPOModule(backbone, STEP, PreferenceSettings(0.3, nll_weight, 0.1), kl_weight)
+        return SFTModule(backbone, STEP, Weights(kl_weight))
+    return DPOModule(backbone, STEP, PreferenceSettings(0.3, nll_weight, 0.1), Weights(kl_weight))
 
 
 def data(stage: str, backbone: PrefixBackbone, examples: list[Example], anchor: str | None = None) -> PairData:
@@ -203,3 +204,47 @@ def test_without_a_weight_or_a_benign_row_there_is_no_anchor(backbone, mixed):
         assert "kl_base" not in module("dpo", backbone).losses(data("dpo", backbone, mixed, "benign").batch([0, 5]))
         source = data("dpo", backbone, mixed, "benign")
         assert "kl_base" not in module("dpo", backbone, 0.4).losses(source.batch([4, 5]))
+
+
+# --- rows beside the batch ------------------------------------------------------------------------------------------
+
+
+def beside(stage: str, backbone: PrefixBackbone, weights: Weights, rows: list[Example]) -> dict[str, torch.Tensor]:
+    """The figures of pairs 5 and 9 with rows 0 and 1 as texts, 2 and 3 as balanced ones."""
+    source = data(stage, backbone, rows)
+    ours = module(stage, backbone)
+    ours.weights = weights
+    found = ours.losses(source.batch([5, 9], [0, 1], [2, 3]))
+    assert {name: figure.rows for name, figure in found.items() if name in ("kl_texts", "imbalance")} == {
+        name: 2 for name, weight in (("kl_texts", weights.texts), ("imbalance", weights.balance)) if weight
+    }
+    return {name: figure.value for name, figure in found.items()}
+
+
+@pytest.fixture
+def rows_beside(rows) -> list[Example]:
+    """Two texts without a rejected side, two balanced rows, pairs."""
+    alone = [Example(Item(row.item.prompt, row.item.completions[:1]), "text") for row in rows[:2]]
+    return [*alone, *(Example(row.item, "balanced") for row in rows[2:4]), *rows[4:]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_texts_and_balanced_rows_add_their_own_parts(stage: str, backbone, rows_beside, divergence, summed):
+    """KL of the texts, mean over tokens then rows; log cosh(d / 2) of each balanced row's two log-probabilities.
+
+    (The same as -1/2 log s(d) - 1/2 log s(-d) - log 2, as s(d) s(-d) = 1 / (2 cosh(d / 2))^2.)
+    """
+    found = beside(stage, backbone, Weights(texts=0.7, balance=0.2), rows_beside)
+    kl = torch.stack([divergence(backbone, rows_beside[i]) for i in (0, 1)]).mean()
+    gaps = [
+        summed(backbone, rows_beside[i].item, 0, backbone.patch)
+        - summed(backbone, rows_beside[i].item, 1, backbone.patch)
+        for i in (2, 3)
+    ]
+    imbalance = torch.stack([torch.log(torch.cosh(gap / 2)) for gap in gaps]).mean()
+    torch.testing.assert_close(found["kl_texts"], kl, **CLOSE)
+    torch.testing.assert_close(found["imbalance"], imbalance, **CLOSE)
+    alone = beside(stage, backbone, Weights(), rows_beside)
+    torch.testing.assert_close(found["loss"], alone["loss"] + 0.7 * kl + 0.2 * imbalance, **CLOSE)
+    assert kl > 0.01 and imbalance > 0.01 and set(found) - set(alone) == {"kl_texts", "imbalance"}

@@ -13,7 +13,7 @@ from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.logprobs import item_logprobs
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
-from policypatch.train.module import Optimisation
+from policypatch.train.module import Optimisation, Weights
 from policypatch.train.sft_module import SFTModule
 
 
@@ -68,11 +68,11 @@ def train(fit, new_backbone, tiny_base, rows) -> Train:
         recorded = {key: options.pop(key) for key in ("stop_at", "with_") if key in options}
         reference = None
         if stage == "sft":
-            module: Recorded = RecordedSFT(backbone, optimisation(steps, 0.05), kl_weight, **recorded)
+            module: Recorded = RecordedSFT(backbone, optimisation(steps, 0.05), Weights(kl_weight), **recorded)
         else:
             reference = item_logprobs(tiny_base, backbone.patch.detach().clone(), [e.item for e in examples], 64)
             module = RecordedDPO(
-                backbone, optimisation(steps), PreferenceSettings(0.5, 0.1, 0.1), kl_weight, **recorded
+                backbone, optimisation(steps), PreferenceSettings(0.5, 0.1, 0.1), Weights(kl_weight), **recorded
             )
         completions = 1 if stage == "sft" else 2
         data = PairData(examples, 4, steps, 3, completions, backbone.tree, reference, held_out, **options)
@@ -197,11 +197,11 @@ def test_the_log_has_a_row_for_each_step_and_the_held_out_figures(train, tmp_pat
 
 def test_a_step_without_pairs_or_benign_rows_logs_no_figure_of_them(train, mixed, tmp_path):
     """Rows 1 to 3 are benign without a rejected side; a batch of 4 with a share of 0.125 has one in every other."""
-    examples = [e for e in mixed if not e.benign or len(e.item.completions) == 1]
+    examples = [e for e in mixed if e.kind == "pair" or len(e.item.completions) == 1]
     module = train(
         "dpo", tmp_path, steps=6, examples=examples, benign_share=0.125, anchor="benign", kl_weight=0.1, held_out=0.0
     )
-    benign = [any(examples[i].benign for i in batch) for batch in module.seen]
+    benign = [any(examples[i].kind == "benign" for i in batch) for batch in module.seen]
     assert True in benign and False in benign
     logged = {int(r["step"]) for r in log_rows(tmp_path) if r["metric"] == "train/kl_base"}
     assert logged == {step for step, there in enumerate(benign, 1) if there}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from policypatch.data.pairs import Pair, parse_pair
+from policypatch.data.pairs import BARE, Pair, parse_pair
 from policypatch.data.teachers.teacher import PairSet, TeacherContext
 from policypatch.errors import Number, PolicyPatchError
 from policypatch.files.atomic import read_jsonl
@@ -68,7 +68,8 @@ class DatasetTeacher:
         return [self._pair(row, names, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
     def _pair(self, row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Pair:
-        needed = [name for field, name in names.items() if not (field == "rejected" and row.get("benign"))]
+        bare = row.get("benign") or row.get("kind") in BARE
+        needed = [name for field, name in names.items() if not (field == "rejected" and bare)]
         if missing := [name for name in needed if name not in row]:
             raise PolicyPatchError(f"{where} has no field {missing[0]!r}: set teacher.fields to its own names")
         return parse_pair({**row, **{field: row.get(name) for field, name in names.items()}}, where)

@@ -75,7 +75,7 @@ class GuidedTeacher(SampledTeacher):
     def likelihood(self, context: TeacherContext, pairs: Sequence[Pair], items: Sequence[Item]) -> Tensor:
         """(pairs, 2) under the base with guidance, without it on benign prompts; see `Teacher`."""
         guided = [
-            item if pair.benign else Item(self._prompt(context, pair), item.completions)
+            item if pair.kind != "pair" else Item(self._prompt(context, pair), item.completions)
             for pair, item in zip(pairs, items, strict=True)
         ]
         nothing = context.base.embedding[:0].float()

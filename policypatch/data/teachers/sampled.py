@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from policypatch.data.balance import balanced_pairs
 from policypatch.data.pairs import Candidates, Pair, PairFilter, Text, choose_pairs
 from policypatch.data.teachers.teacher import PairSet, TeacherContext
 from policypatch.errors import PolicyPatchError
@@ -102,6 +103,10 @@ class SampledTeacher(ABC):
             texts = self._text_pairs(context)
             counts |= {"benign_texts": len(texts)}
             pairs += texts
+        if context.swaps:
+            balanced = balanced_pairs(ours, context.swaps)
+            counts |= {"balanced": len(balanced)}
+            pairs += balanced
         return PairSet(pairs, counts | {"kept": len(pairs)})
 
     def _benign_pairs(self, context: TeacherContext) -> list[Pair]:
@@ -120,7 +125,7 @@ class SampledTeacher(ABC):
             usable &= ours.all_repetition[i] <= self.rule.max_repetition
             if usable.any():
                 pair = _pair(context, prompt, _side(ours, i, int(np.argmax(usable))), refusals[i], (None, None))
-                pairs.append(replace(pair, benign=True))
+                pairs.append(replace(pair, kind="benign"))
         return pairs
 
     def _text_pairs(self, context: TeacherContext) -> list[Pair]:
@@ -132,7 +137,7 @@ class SampledTeacher(ABC):
             usable = _written(made, i) >= max(1, self.rule.min_tokens)
             usable &= made.all_repetition[i] <= self.rule.max_repetition
             if usable.any():
-                pairs.append(Pair(text, _side(made, i, int(np.argmax(usable))), None, benign=True))
+                pairs.append(Pair(text, _side(made, i, int(np.argmax(usable))), None, kind="text"))
         return pairs
 
     def _refusals(self, context: TeacherContext) -> list[Text | None]:

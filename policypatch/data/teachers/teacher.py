@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ class TeacherContext:
         form: what stands around a prompt.
         benign: prompts that the base responds to as it should.
         benign_texts: texts that the base continues as it should, whatever form the prompts have.
+        swaps: words and their counterparts; wherever the base writes one, the other should be as likely.
         compliance: whether a score says how far a response complies with a request, so that a high one is right on
             benign prompts; otherwise a score is the risk of the text itself, and a low one is right on all prompts.
         row_tokens: see `build_tree`.
@@ -46,6 +47,7 @@ class TeacherContext:
     form: Form = PLAIN
     benign: Sequence[str] = ()
     benign_texts: Sequence[str] = ()
+    swaps: Mapping[str, str] = field(default_factory=dict)
     compliance: bool = False
     row_tokens: int = 512
 

@@ -72,8 +72,7 @@ def _kl(bench: Bench, arm: Arm, made: Completions) -> np.ndarray:
         for start in range(0, len(written), AT_ONCE):
             numbers = written[start : start + AT_ONCE]
             tree = backbone.tree([items[i] for i in numbers])
-            every = torch.arange(tree.sequences, device=tree.sequence.device)
-            out[numbers] = backbone.completion_logprobs_and_kl(tree, tree, every)[1].cpu().numpy()
+            out[numbers] = backbone.divergence(tree).cpu().numpy()
             advance(len(numbers))
     return out
 
