@@ -1,0 +1,160 @@
+"""What several finished runs say together: a table over seeds, or a plot of one figure against another.
+
+    python experiments/summarise.py seeds RUN RUN RUN --out FOLDER      seeds.json, and a table in Markdown to print
+    python experiments/summarise.py frontier RUN ... --x over_refusal --y asr --judge refusal --out FOLDER
+
+RUN is a run's folder in outputs/. Runs of a frontier are named by the config keys they differ in.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from policypatch.errors import PolicyPatchError
+from policypatch.evaluate.scorecard import Row, Scorecard
+from policypatch.files.atomic import atomic_path, write_json
+
+KEY = ("risk", "split", "metric", "judge")
+NOT_A_SETTING = ("name", "logger")
+MEASURED = ("others.", "evaluate.after_sft")  # what is measured beside the patch's own risk makes no other patch
+Runs = Annotated[list[Path], typer.Argument(help="folders of finished runs")]
+Out = Annotated[Path, typer.Option(help="folder that is written to")]
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def seeds(runs: Runs, out: Out) -> None:
+    """Every figure of base and patch in runs that differ in their seed alone: each one's, and their mean."""
+    settings = [_settings(run) for run in runs]
+    differing = sorted({key for s in settings for key in s if s.get(key) != settings[0].get(key)})
+    if others := [key for key in differing if not (key.endswith("seed") or key.startswith(MEASURED))]:
+        raise PolicyPatchError(f"the runs differ in {others[0]}: give runs that differ in their seed alone")
+    cards = {settings[i]["seed"]: Scorecard.load(run / "scorecard.json") for i, run in enumerate(runs)}
+    rows = table_over_seeds(cards)
+    write_json(out / "seeds.json", rows)
+    lines = ["| risk | split | metric | judge | base | " + " | ".join(f"seed {s}" for s in sorted(cards)) + " | mean |"]
+    lines.append("|---" * (6 + len(cards)) + "|")
+    for row in rows:
+        judge = f"{row['judge']}{' (filtered the pairs)' if row['filter'] else ''}" if row["judge"] else ""
+        cells = [row["risk"], row["split"], row["metric"], judge, f"{row['base']:.3g}"]
+        cells += [f"{row['patch'][str(s)]:.3g}" for s in sorted(cards)] + [f"{row['mean']:.3g}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    Console(soft_wrap=True).print("\n".join(lines), markup=False, highlight=False)
+
+
+@app.command()
+def frontier(
+    runs: Runs,
+    out: Out,
+    x: Annotated[str, typer.Option(help="metric of the x axis")] = "over_refusal",
+    y: Annotated[str, typer.Option(help="metric of the y axis")] = "asr",
+    judge: Annotated[str, typer.Option(help="whose figures")] = "refusal",
+    name: Annotated[str, typer.Option(help="of the two files")] = "frontier",
+) -> None:
+    """Plot a metric of the patch against another, one point a run, with the intervals of both."""
+    settings = [_settings(run) for run in runs]
+    points = []
+    for run, own, label in zip(runs, settings, labels(settings), strict=True):
+        card = Scorecard.load(run / "scorecard.json")
+        found = {axis: _own(card, metric, judge) for axis, metric in (("x", x), ("y", y))}
+        figures = {axis: {"value": row.value, "low": row.low, "high": row.high} for axis, row in found.items()}
+        points.append({"label": label, "seed": own["seed"], "n": found["y"].n} | figures)
+    write_json(out / f"{name}.json", {"x": x, "y": y, "judge": judge, "points": points})
+    with atomic_path(out / f"{name}.png") as temporary:
+        drawn(points, x, y, judge).savefig(temporary, format="png", dpi=110)
+
+
+def table_over_seeds(cards: Mapping[int, Scorecard]) -> list[dict[str, Any]]:
+    """For each figure that every card has: the base's, each seed's patch's, and the mean of these.
+
+    The base is the same in all of them: its completions are drawn by `evaluate.seed`.
+    """
+    first = next(iter(cards.values()))
+    rows = []
+    for row in first:
+        where = {key: getattr(row, key) for key in KEY}
+        if row.arm != "base":
+            continue
+        patches = {seed: [r for r in card if r.arm == "patch" and _is(r, where)] for seed, card in cards.items()}
+        if not all(len(found) == 1 for found in patches.values()):
+            continue
+        values = {str(seed): found[0].value for seed, found in sorted(patches.items())}
+        rows.append(
+            where
+            | {"filter": row.filter, "n": row.n, "base": row.value, "patch": values}
+            | {"mean": sum(values.values()) / len(values)}
+        )
+    return rows
+
+
+def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each run's values of the keys in which the runs differ; keys that always change together are named once."""
+    columns: dict[tuple[str, ...], str] = {}
+    for key in sorted({key for own in settings for key in own}):
+        values = tuple(str(own.get(key)) for own in settings)
+        if len(set(values)) > 1:
+            columns.setdefault(values, key)
+    return [", ".join(f"{key}={values[i]}" for values, key in columns.items()) or "run" for i in range(len(settings))]
+
+
+def drawn(points: Sequence[Mapping[str, Any]], x: str, y: str, judge: str) -> Figure:
+    """The plot: lower left is best."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, point in enumerate(points, 1):
+        at = point["x"]["value"], point["y"]["value"]
+        bars = {f"{a}err": [[p["value"] - p["low"]], [p["high"] - p["value"]]] for a, p in point.items() if a in "xy"}
+        colour = f"C{(number - 1) % 10}"
+        axes.errorbar(
+            *at, **bars, fmt="o", color=colour, elinewidth=0.8, alpha=0.9, label=f"{number}  {point['label']}"
+        )
+        axes.annotate(str(number), at, xytext=(5, 5), textcoords="offset points", color=colour)
+    axes.set(xlabel=f"{x.replace('_', ' ')} ({judge})", ylabel=f"{y.replace('_', ' ')} ({judge})")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    return figure
+
+
+def _own(card: Scorecard, metric: str, judge: str) -> Row:
+    """The patch's figure of its own risk."""
+    found = [row for row in card if (row.arm, row.metric, row.judge) == ("patch", metric, judge)]
+    if not found:
+        raise PolicyPatchError(f"a scorecard has no {metric} of the patch by {judge}: choose other axes")
+    return found[0]
+
+
+def _is(row: Row, where: Mapping[str, Any]) -> bool:
+    return all(getattr(row, key) == value for key, value in where.items())
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """The run's config as flat keys."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise PolicyPatchError(f"{path} does not exist: give the folder of a finished run")
+    return dict(_flat(OmegaConf.to_container(OmegaConf.load(path))))
+
+
+def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(node, dict):
+        return [
+            leaf for key in node if key not in NOT_A_SETTING or prefix for leaf in _flat(node[key], f"{prefix}{key}.")
+        ]
+    return [(prefix[:-1], node)]
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except PolicyPatchError as error:
+        sys.exit(f"error: {error}")
