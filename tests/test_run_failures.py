@@ -23,7 +23,7 @@ PLACES = [
     ("toxicity", "risk.evaluation.rtp.source"),
     ("gender_bias", "risk.words.male.source"),
     ("harmfulness", "risk.benign.plain.source"),
-    ("harmfulness", "+risk.benign_texts.source"),
+    ("harmfulness", "risk.benign_texts.source"),
     ("harmfulness", "risk.scary.source"),
     ("custom", "risk.prompts"),
     ("toxicity", "others.utility.text.source"),

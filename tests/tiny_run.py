@@ -144,8 +144,7 @@ def _harmfulness(key: str, prompts: Path) -> dict[str, Any]:
         f"{key}.near": "null",  # all of the texts are made of the same few words
         f"{key}.train.source": write_prompts(prompts / "harmful_train.jsonl", 8, 400),
         **_sets(f"{key}.benign", plain=write_prompts(prompts / "plain_train.jsonl", 6, 420)),
-        f"+{key}.benign_texts._target_": "policypatch.data.prompts.PromptSet",
-        f"+{key}.benign_texts.source": write_prompts(prompts / "texts.jsonl", 3, 430),
+        f"{key}.benign_texts.source": write_prompts(prompts / "texts.jsonl", 3, 430),
         **_sets(f"{key}.evaluation", harmbench=write_prompts(prompts / "harmful.jsonl", 5, 440)),
         f"{key}.scary.source": write_prompts(prompts / "scary.jsonl", 4, 460),
         f"{key}.plain.source": write_prompts(prompts / "plain.jsonl", 6, 480),
