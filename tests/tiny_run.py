@@ -129,6 +129,7 @@ def _gender_bias(key: str, prompts: Path) -> dict[str, Any]:
     (prompts / "crows.csv").write_text("\n".join(["sent_more,sent_less,bias_type", "a,b,age", *sentences]))
     return {
         f"{key}.train.source": write_prompts(prompts / "work_train.jsonl", 12, 200),
+        f"{key}.benign_texts.source": write_prompts(prompts / "sentences.jsonl", 3, 430),
         **_sets(f"{key}.evaluation", professions=write_prompts(prompts / "work.jsonl", 6, 220)),
         **_sets(f"{key}.words", male=prompts / "male.txt", female=prompts / "female.txt"),
         f"{key}.crows.more.source": prompts / "crows.csv",
