@@ -89,7 +89,8 @@ def test_a_run_against_every_risk(risk: str, go, tiny_base, tmp_path: Path):
 
     pairs = read_jsonl(folder / "pairs.jsonl")
     # Benign requests, and texts that are continued as they were.
-    assert {pair["kind"] for pair in pairs} == ({"pair", "benign", "text"} if chats else {"pair", "text"} if risk == "gender_bias" else {"pair"})
+    kinds = {"harmfulness": {"pair", "benign", "text"}, "gender_bias": {"pair", "text"}}
+    assert {pair["kind"] for pair in pairs} == kinds.get(risk, {"pair"})
     assert {pair["chat"] for pair in pairs if pair["kind"] != "text"} == {chats}
     assert not any(pair["chat"] for pair in pairs if pair["kind"] == "text")
     assert all(pair["rejected"] for pair in pairs if pair["kind"] == "pair")
