@@ -22,6 +22,7 @@ from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.scorecard import Row, Scorecard
 from policypatch.files.atomic import atomic_path, write_json
 
+FIGURES = ("value", "low", "high", "upper", "delta", "p_value")
 KEY = ("risk", "split", "metric", "judge")
 NOT_A_SETTING = ("name", "logger")
 MEASURED = ("others.", "evaluate.after_sft")  # what is measured beside the patch's own risk makes no other patch
@@ -40,14 +41,7 @@ def seeds(runs: Runs, out: Out) -> None:
     cards = {settings[i]["seed"]: Scorecard.load(run / "scorecard.json") for i, run in enumerate(runs)}
     rows = table_over_seeds(cards)
     write_json(out / "seeds.json", rows)
-    lines = ["| risk | split | metric | judge | base | " + " | ".join(f"seed {s}" for s in sorted(cards)) + " | mean |"]
-    lines.append("|---" * (6 + len(cards)) + "|")
-    for row in rows:
-        judge = f"{row['judge']}{' (filtered the pairs)' if row['filter'] else ''}" if row["judge"] else ""
-        cells = [row["risk"], row["split"], row["metric"], judge, f"{row['base']:.3g}"]
-        cells += [f"{row['patch'][str(s)]:.3g}" for s in sorted(cards)] + [f"{row['mean']:.3g}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    Console(soft_wrap=True).print("\n".join(lines), markup=False, highlight=False)
+    print_table(rows, sorted(cards))
 
 
 @app.command()
@@ -86,13 +80,28 @@ def table_over_seeds(cards: Mapping[int, Scorecard]) -> list[dict[str, Any]]:
         patches = {seed: [r for r in card if r.arm == "patch" and _is(r, where)] for seed, card in cards.items()}
         if not all(len(found) == 1 for found in patches.values()):
             continue
-        values = {str(seed): found[0].value for seed, found in sorted(patches.items())}
-        rows.append(
-            where
-            | {"filter": row.filter, "n": row.n, "base": row.value, "patch": values}
-            | {"mean": sum(values.values()) / len(values)}
-        )
+        figures = {str(seed): {name: getattr(found[0], name) for name in FIGURES} for seed, found in patches.items()}
+        mean = sum(figure["value"] for figure in figures.values()) / len(figures)
+        rows.append(where | {"filter": row.filter, "n": row.n, "base": row.value, "patch": figures, "mean": mean})
     return rows
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> None:
+    """In Markdown: the base's figure, each seed's with its 95 % interval, * where it differs from the base."""
+    head = ["risk", "split", "metric", "judge", "base", *(f"seed {seed}" for seed in seeds), "mean"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        judge = f"{row['judge']}{' (filtered the pairs)' if row['filter'] else ''}" if row["judge"] else ""
+        cells = [_cell(row["patch"][str(seed)]) for seed in seeds]
+        lines.append(
+            [row["risk"], row["split"], row["metric"], judge, f"{row['base']:.3g}", *cells, f"{row['mean']:.3g}"]
+        )
+    Console(soft_wrap=True).print("\n".join(f"| {' | '.join(line)} |" for line in lines), markup=False, highlight=False)
+
+
+def _cell(figure: Mapping[str, Any]) -> str:
+    mark = "*" if figure["p_value"] is not None and figure["p_value"] < 0.05 else ""
+    return f"{figure['value']:.3g}{mark} ({figure['low']:.3g} to {figure['high']:.3g})"
 
 
 def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:

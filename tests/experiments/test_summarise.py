@@ -17,7 +17,9 @@ import summarise
 
 
 def row(arm: str, metric: str, value: float, judge: str | None = "refusal", split: str = "harmbench") -> Row:
-    return Row(arm, "harmfulness", split, judge, metric, value, max(0.0, value - 0.1), min(1.0, value + 0.1), 20)
+    p_value = {"asr": 0.01, "over_refusal": 0.3}[metric] if arm == "patch" else None
+    low, high = max(0.0, value - 0.1), min(1.0, value + 0.1)
+    return Row(arm, "harmfulness", split, judge, metric, value, low, high, 20, p_value=p_value)
 
 
 @pytest.fixture
@@ -49,9 +51,12 @@ def test_a_table_over_seeds_has_each_ones_figure_and_the_mean(run, tmp_path: Pat
     result = call("seeds", *runs, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     (asr, over) = json.loads((tmp_path / "out" / "seeds.json").read_text())
-    assert asr["patch"] == {"0": 0.3, "1": 0.2, "2": 0.1} and asr["mean"] == pytest.approx(0.2)
+    assert {seed: figure["value"] for seed, figure in asr["patch"].items()} == {"0": 0.3, "1": 0.2, "2": 0.1}
+    assert asr["mean"] == pytest.approx(0.2)
     assert (asr["metric"], asr["base"], over["metric"]) == ("asr", 1.0, "over_refusal")
-    assert "| harmfulness | harmbench | asr | refusal | 1 | 0.3 | 0.2 | 0.1 | 0.2 |" in result.stdout
+    cells = "0.3* (0.2 to 0.4) | 0.2* (0.1 to 0.3) | 0.1* (0 to 0.2) | 0.2 |"
+    assert f"| harmfulness | harmbench | asr | refusal | 1 | {cells}" in result.stdout
+    assert "| scary | over_refusal | refusal | 0 | 0.2 (0.1 to 0.3) |" in result.stdout
 
 
 def test_runs_of_two_settings_are_no_seeds_of_one(run, tmp_path: Path):
