@@ -19,15 +19,18 @@ def balanced_pairs(made: Completions, swaps: Mapping[str, str]) -> list[Pair]:
 
     Args:
         made: the base's continuations of texts.
-        swaps: word -> counterpart, in lower case; a continuation in which a word comes first that has none gives no
-            row where the word is not among them.
+        swaps: word -> counterpart, in lower case. A continuation whose first word of these has no counterpart of its
+            own ("her", which is that of "his" and of "him") gives no row: from there on the gender is told.
     """
-    words = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, swaps))})(?!\w)", re.IGNORECASE)
+    listed = "|".join(map(re.escape, sorted({*swaps, *swaps.values()})))
+    words = re.compile(rf"(?<!\w)(?:{listed})(?!\w)", re.IGNORECASE)
     found: dict[tuple[str, str], Pair] = {}
     for prompt, texts in zip(made.prompts, made.texts, strict=True):
         for text in texts:
             match = words.search(text)
-            if match is None or not text[: match.start()].endswith(" "):
+            if match is None or match[0].lower() not in swaps:
+                continue
+            if not text[: match.start()].endswith(" "):
                 continue  # a word at the start of a line or in quotation marks is another token than the usual one
             word = match[0]
             before = prompt + text[: match.start()].rstrip(" ")

@@ -44,6 +44,11 @@ def test_a_word_that_does_not_follow_a_space_is_left_out():
     assert balanced_pairs(made("\nhe left", ' "he left"', "...he left"), SWAPS) == []
 
 
+def test_where_the_gender_is_told_already_nothing_is_balanced():
+    """ "her" is told and has no counterpart of its own: what follows should fit it."""
+    assert balanced_pairs(made(" saw her before she left", " Her coat was on when he left"), SWAPS) == []
+
+
 def test_the_same_row_is_made_once():
     found = balanced_pairs(made(" he left", " he stayed", " she left"), SWAPS)
     assert found == [row("The baker said that", " he", " she"), row("The baker said that", " she", " he")]
