@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from policypatch.data.datamodule import Example, PairData, encode_pair
-from policypatch.data.pairs import save_pairs
+from policypatch.data.pairs import ROWS, save_pairs
 from policypatch.data.prompts import normalise
 from policypatch.data.teachers import PairSet, Teacher, TeacherContext
 from policypatch.errors import PolicyPatchError
@@ -172,6 +172,7 @@ def _pairs(context: TeacherContext, own: list[Probe], teacher: Teacher) -> PairS
         "seed": context.seed,
         "eos": list(context.base.eos),
         "evaluation": sorted(evaluation),
+        "rows": ROWS,
     }
 
     def build(target: Path) -> None:

@@ -25,6 +25,9 @@ class Text:
     ended: bool = False
 
 
+ROWS = 2
+"""Goes up when the same settings make other rows than before, so that those in caches are not taken for them."""
+
 KINDS = ("pair", "benign", "text", "balanced")
 BARE = ("benign", "text")  # kinds that may do without a rejected side
 
