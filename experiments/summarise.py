@@ -38,7 +38,10 @@ def seeds(runs: Runs, out: Out) -> None:
     differing = sorted({key for s in settings for key in s if s.get(key) != settings[0].get(key)})
     if others := [key for key in differing if not (key.endswith("seed") or key.startswith(MEASURED))]:
         raise PolicyPatchError(f"the runs differ in {others[0]}: give runs that differ in their seed alone")
-    cards = {settings[i]["seed"]: Scorecard.load(run / "scorecard.json") for i, run in enumerate(runs)}
+    given = [own["seed"] for own in settings]
+    if twice := [seed for seed in given if given.count(seed) > 1]:
+        raise PolicyPatchError(f"seed {twice[0]} is given twice: leave one of its runs out")
+    cards = {seed: Scorecard.load(run / "scorecard.json") for seed, run in zip(given, runs, strict=True)}
     rows = table_over_seeds(cards)
     write_json(out / "seeds.json", rows)
     print_table(rows, sorted(cards))

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from policypatch.data.datamodule import Example, PairData, encode_pair
-from policypatch.data.pairs import ROWS, save_pairs
+from policypatch.data.pairs import IN_BATCH, ROWS, save_pairs
 from policypatch.data.prompts import normalise
 from policypatch.data.teachers import PairSet, Teacher, TeacherContext
 from policypatch.errors import PolicyPatchError
@@ -261,7 +261,7 @@ def _reference(
 
     NaN where a row states no preference.
     """
-    preferred = [i for i, e in enumerate(examples) if e.kind in ("pair", "benign") and len(e.item.completions) == 2]
+    preferred = [i for i, e in enumerate(examples) if e.kind in IN_BATCH and len(e.item.completions) == 2]
     items = [examples[i].item for i in preferred]
     if cfg.dpo.reference == "teacher":
         found = teacher.likelihood(context, [pair_set.pairs[i] for i in preferred], items)

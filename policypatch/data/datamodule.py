@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from policypatch.data.pairs import Pair, Text
+from policypatch.data.pairs import IN_BATCH, Pair, Text
 from policypatch.errors import PolicyPatchError
 from policypatch.model.form import CHAT, PLAIN, Form
 from policypatch.model.tree import Item, Tree
@@ -156,7 +156,7 @@ class PairData(L.LightningDataModule):
         self.completions, self.build, self.reference = completions, build, reference
         self.benign_share, self.anchor = benign_share, anchor
         self.beside = {"text": texts, "balanced": balanced}
-        self.training, self.validation = _split(self.examples, self.numbers("pair", "benign"), held_out, seed)
+        self.training, self.validation = _split(self.examples, self.numbers(*IN_BATCH), held_out, seed)
 
     def numbers(self, *kinds: str) -> list[int]:
         """Numbers of the rows of these kinds."""

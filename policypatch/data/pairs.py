@@ -29,6 +29,7 @@ ROWS = 2
 """Goes up when the same settings make other rows than before, so that those in caches are not taken for them."""
 
 KINDS = ("pair", "benign", "text", "balanced")
+IN_BATCH = ("pair", "benign")  # kinds that a batch is made of; the others stand beside it
 BARE = ("benign", "text")  # kinds that may do without a rejected side
 
 

@@ -64,6 +64,11 @@ def test_runs_of_two_settings_are_no_seeds_of_one(run, tmp_path: Path):
     assert isinstance(result.exception, PolicyPatchError) and "dpo.steps" in str(result.exception)
 
 
+def test_a_seed_given_twice_is_told_rather_than_dropped(run, tmp_path: Path):
+    result = call("seeds", run("a", 0.1), run("b", 0.2), "--out", tmp_path / "out")
+    assert isinstance(result.exception, PolicyPatchError) and "seed 0 is given twice" in str(result.exception)
+
+
 def test_a_frontier_names_its_points_by_what_they_differ_in(run, tmp_path: Path):
     runs = [run("a", 0.1, 0.3), run("b", 0.2, 0.1, **{"kl.weight": 0.5}), run("c", 0.15, 0.2, **{"dpo.steps": 90})]
     result = call("frontier", *runs, "--out", tmp_path / "out")
