@@ -11,12 +11,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
-from torch import Tensor
 
 from policypatch.data.teachers import PairSet
 from policypatch.evaluate.scorecard import Scorecard
 from policypatch.files.atomic import read_json
 from policypatch.files.cache import counters
+from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.patch import artifact
 from policypatch.patch.manifest import Manifest
@@ -30,7 +30,7 @@ PACKAGES = ("policypatch", "lightning", "torch", "transformers", "hydra-core", "
 def package(
     cfg: DictConfig,
     base: Base,
-    arms: dict[str, Tensor | None],
+    arm: Arm,
     risk: str,
     pair_set: PairSet,
     scorecard: Scorecard,
@@ -38,8 +38,12 @@ def package(
     started: datetime,
     folder: Path,
 ) -> None:
-    """Write the artifact: the last trained arm's vectors and what is known of them."""
-    vectors = next(v for v in reversed(arms.values()) if v is not None).float().cpu()
+    """Write what was trained: a patch as an artifact with all that is known of it, adapters as PEFT keeps them."""
+    if arm.lora is not None:
+        arm.lora.save(folder / "peft")
+    if arm.vectors is None:
+        return
+    vectors = arm.vectors.float().cpu()
     manifest = Manifest(
         name=cfg.patch.name.lower(),
         version=cfg.patch.version,
@@ -60,14 +64,16 @@ def package(
     save_peft(patch, folder / "peft", num_attention_heads=heads[0], num_layers=heads[1])
 
 
-def record(started: datetime, seconds: dict[str, float], pair_set: PairSet, arguments: list[str]) -> dict[str, Any]:
+def record(
+    started: datetime, seconds: dict[str, float], pair_set: PairSet | None, arguments: list[str]
+) -> dict[str, Any]:
     """What `run.json` holds."""
     return {
         "started": started.isoformat(timespec="seconds"),
         "command": shlex.join(["python", "run.py", *arguments]),
         "seconds": seconds,
         "versions": {name: version(name) for name in PACKAGES},
-        "pairs": pair_set.counts,
+        "pairs": {} if pair_set is None else pair_set.counts,
         "cache": counters(),
     }
 

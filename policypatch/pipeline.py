@@ -28,18 +28,19 @@ from policypatch.evaluate.scorecard import Scorecard
 from policypatch.files.atomic import write_json, write_text
 from policypatch.files.cache import content_key, entry, reset_counters
 from policypatch.logs import quiet_libraries
+from policypatch.methods import Trained, Untrained
+from policypatch.model.arm import Arm
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
 from policypatch.model.logprobs import item_logprobs
 from policypatch.model.sampling import Sampling
 from policypatch.outcome import package, record, say
-from policypatch.patch import initialise
-from policypatch.prepare import prepare
+from policypatch.prepare import Prepared, prepare
 from policypatch.report.run_report import write_report
 from policypatch.report.tracking import Tracker, open_tracker
 from policypatch.settings import check
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
-from policypatch.train.module import StageModule, Weights
+from policypatch.train.module import Weights
 from policypatch.train.sft_module import SFTModule
 from policypatch.train.stage import optimisation, run_stage
 
@@ -75,34 +76,20 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
             ready = prepare(cfg)
             base, risk = ready.base, ready.risk
             write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
-        with clock("pairs"):
-            context = _teacher_context(cfg, base, risk)
-            pair_set = _pairs(context, ready.own, ready.teacher)
-            save_pairs(folder / "pairs.jsonl", pair_set.pairs)
-            examples = _encoded(cfg, base, pair_set)
-        arms: dict[str, Tensor | None] = {"base": None}
-        backbone = PrefixBackbone(base.model, _initial_vectors(cfg, base), cfg.row_tokens)
-        if cfg.sft.enabled:
-            with clock("sft"):
-                data = _data(cfg, cfg.sft, examples, backbone, 1)
-                sft = SFTModule(backbone, optimisation(cfg.sft), _weights(cfg))
-                arms["sft"] = _trained(cfg, cfg.sft, sft, data, folder, tracker)
-        if cfg.dpo.enabled:
-            with clock("dpo"):
-                reference = _reference(cfg, context, backbone, ready.teacher, pair_set, examples)
-                data = _data(cfg, cfg.dpo, examples, backbone, 2, reference)
-                preference = PreferenceSettings(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.label_smoothing)
-                dpo = DPOModule(backbone, optimisation(cfg.dpo), preference, _weights(cfg))
-                arms["patch"] = _trained(cfg, cfg.dpo, dpo, data, folder, tracker)
+        arms, pair_set = [Arm("base")], None
+        if isinstance(ready.method, Trained):
+            pair_set = _trained_arms(cfg, ready, ready.method, arms, clock, tracker, folder)
+        elif isinstance(ready.method, Untrained) and (arm := ready.method.arm(ready.teacher)) is not None:
+            arms.append(arm)
         with clock("evaluate"):
             bench = Bench(
                 base, ready.scorer, cfg.scorer.name, _plan(cfg), Settings(cfg.evaluate.level, cfg.evaluate.resamples)
             )
             filters = ready.teacher.filter_judges
-            measured = _measured(cfg, arms)
-            scorecard = evaluate_arms(bench, ready.own, ready.others, filters, measured, folder)
-        with clock("package"):
-            package(cfg, base, arms, risk.name, pair_set, scorecard, resolved, started, folder)
+            scorecard = evaluate_arms(bench, ready.own, ready.others, filters, _measured(cfg, arms), folder)
+        if pair_set is not None:
+            with clock("package"):
+                package(cfg, base, arms[-1], risk.name, pair_set, scorecard, resolved, started, folder)
         write_json(folder / "run.json", record(started, clock.seconds, pair_set, arguments))
         write_report(folder)
         tracker.finish_run(scorecard, folder)
@@ -111,6 +98,34 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
         tracker.close(status)
     say(scorecard, folder, cfg.evaluate.level)
     return scorecard
+
+
+def _trained_arms(
+    cfg: DictConfig, ready: Prepared, method: Trained, arms: list[Arm], clock: Clock, tracker: Tracker, folder: Path
+) -> PairSet:
+    """Pairs, then both stages; adds an arm for each to `arms`. Returns the pairs."""
+    base = ready.base
+    with clock("pairs"):
+        context = _teacher_context(cfg, base, ready.risk)
+        pair_set = _pairs(context, ready.own, ready.teacher)
+        save_pairs(folder / "pairs.jsonl", pair_set.pairs)
+        examples = _encoded(cfg, base, pair_set)
+    backbone = method.start(base, cfg.seed, cfg.row_tokens)
+    if cfg.sft.enabled:
+        with clock("sft"):
+            data = _data(cfg, cfg.sft, examples, backbone, 1)
+            sft = SFTModule(backbone, optimisation(cfg.sft), _weights(cfg))
+            run_stage(sft, data, cfg.sft, cfg.trainer, folder, tracker.loggers(sft.stage))
+            arms.append(method.arm("sft"))
+    if cfg.dpo.enabled:
+        with clock("dpo"):
+            reference = _reference(cfg, context, arms[-1], ready.teacher, pair_set, examples)
+            data = _data(cfg, cfg.dpo, examples, backbone, 2, reference)
+            preference = PreferenceSettings(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.label_smoothing)
+            dpo = DPOModule(backbone, optimisation(cfg.dpo), preference, _weights(cfg))
+            run_stage(dpo, data, cfg.dpo, cfg.trainer, folder, tracker.loggers(dpo.stage))
+            arms.append(method.arm(method.name))
+    return pair_set
 
 
 class Clock:
@@ -200,16 +215,6 @@ def _encoded(cfg: DictConfig, base: Base, pair_set: PairSet) -> list[Example]:
     return [encode_pair(pair, base.encode_prompt, base.encode, eos, *limits) for pair in pair_set.pairs]
 
 
-def _initial_vectors(cfg: DictConfig, base: Base) -> Tensor:
-    """The patch before training, by `init.kind`."""
-    length, init = cfg.patch.length, cfg.init
-    if init.kind == "text":
-        return initialise.from_text(base.embedding, base.encode(init.text), length)
-    if init.kind == "vocab":
-        return initialise.from_vocab(base.embedding, length, cfg.seed)
-    return initialise.from_random(base.embedding, length, cfg.seed, init.scale)
-
-
 def _data(
     cfg: DictConfig,
     stage: DictConfig,
@@ -241,23 +246,15 @@ def _weights(cfg: DictConfig) -> Weights:
     return Weights(cfg.kl.weight, cfg.texts.weight, cfg.balance.weight)
 
 
-def _trained(
-    cfg: DictConfig, stage: DictConfig, module: StageModule, data: PairData, folder: Path, tracker: Tracker
-) -> Tensor:
-    """Run a stage; returns the patch after it."""
-    run_stage(module, data, stage, cfg.trainer, folder, tracker.loggers(module.stage))
-    return module.backbone.patch.detach().clone()
-
-
 def _reference(
     cfg: DictConfig,
     context: TeacherContext,
-    backbone: PrefixBackbone,
+    last: Arm,
     teacher: Teacher,
     pair_set: PairSet,
     examples: list[Example],
 ) -> Tensor:
-    """(rows, 2) log-probabilities under the teacher, the patch as it is after stage 1, or the base.
+    """(rows, 2) log-probabilities under the teacher, the last arm (that of stage 1), or the base.
 
     NaN where a row states no preference.
     """
@@ -266,17 +263,17 @@ def _reference(
     if cfg.dpo.reference == "teacher":
         found = teacher.likelihood(context, [pair_set.pairs[i] for i in preferred], items)
     else:
-        vectors = backbone.patch.detach()[:0] if cfg.dpo.reference == "base" else backbone.patch.detach().clone()
-        found = item_logprobs(context.base, vectors, items, cfg.row_tokens)
+        arm = Arm("base") if cfg.dpo.reference == "base" else last
+        with arm.on(context.base) as asked:
+            found = item_logprobs(asked, arm.vectors, items, cfg.row_tokens)
     reference = torch.full((len(examples), 2), torch.nan)
     reference[preferred] = found.cpu()
     return reference
 
 
-def _measured(cfg: DictConfig, arms: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The arms that are measured: base and patch, and the patch between the stages where that is asked for."""
-    last = next(reversed(arms))
-    return {name: vectors for name, vectors in arms.items() if name in ("base", last) or cfg.evaluate.after_sft}
+def _measured(cfg: DictConfig, arms: list[Arm]) -> list[Arm]:
+    """The arms that are measured: the first and the last, and the one between the stages where that is asked for."""
+    return arms if cfg.evaluate.after_sft else [arms[0], *arms[1:][-1:]]
 
 
 def _plan(cfg: DictConfig) -> Plan:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from policypatch.data.teachers import SampledTeacher, Teacher
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.probes import Probe, SampledProbe
+from policypatch.methods import Method, Trained
 from policypatch.model.base import Base, load_base
 from policypatch.model.form import PLAIN
 
@@ -30,6 +31,7 @@ class Prepared:
         scorer: the language model that perplexity is measured with.
         risk: what is trained against.
         teacher: where pairs come from.
+        method: what adapts the base.
         own: probes of the risk.
         others: probes of the other risks and of utility.
     """
@@ -38,6 +40,7 @@ class Prepared:
     scorer: Base
     risk: Any
     teacher: Teacher
+    method: Method
     own: list[Probe]
     others: list[Probe]
 
@@ -50,8 +53,9 @@ def prepare(cfg: DictConfig) -> Prepared:
     """
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise PolicyPatchError("trainer=gpu needs a CUDA GPU, and there is none: use trainer=cpu")
-    risk, teacher = made(cfg.risk, "risk"), made(cfg.teacher, "teacher")
-    if cfg.dpo.enabled and cfg.dpo.reference == "teacher" and not teacher.has_likelihood:
+    risk, teacher, method = made(cfg.risk, "risk"), made(cfg.teacher, "teacher"), made(cfg.method, "method")
+    trained = isinstance(method, Trained)
+    if trained and cfg.dpo.enabled and cfg.dpo.reference == "teacher" and not teacher.has_likelihood:
         raise PolicyPatchError(
             f"dpo.reference=teacher needs a teacher with log-probabilities of its own, which {teacher.name} has not: "
             "use dpo.reference=sft or base"
@@ -72,7 +76,7 @@ def prepare(cfg: DictConfig) -> Prepared:
         raise PolicyPatchError(
             f"scorer {cfg.scorer.name} is the same model as {cfg.model.name}: choose another, or say scorer=base"
         )
-    return Prepared(base, scorer, risk, teacher, own, others)
+    return Prepared(base, scorer, risk, teacher, method, own, others)
 
 
 def _other_probes(cfg: DictConfig, risk: Any, base: Base) -> list[Probe]:

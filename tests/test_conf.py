@@ -40,7 +40,7 @@ def test_every_group_is_looked_at():
     groups = {option.partition("=")[0] for option in OPTIONS}
     assert groups == {
         *("model", "risk", "teacher", "init", "scorer", "trainer", "logger"),
-        *("eval", "others", "recipe"),
+        *("eval", "others", "recipe", "method"),
     }
 
 
@@ -71,8 +71,8 @@ def test_every_judge_joins_a_risk_with_the_arguments_its_class_has(judge: str):
         assert isinstance(given["source"], str)
 
 
-@pytest.mark.parametrize("group", ["teacher", "risk"])
-def test_the_arguments_of_every_teacher_and_risk_are_those_of_its_class(group: str):
+@pytest.mark.parametrize("group", ["teacher", "risk", "method"])
+def test_the_arguments_of_every_teacher_risk_and_method_are_those_of_its_class(group: str):
     import inspect
 
     for path in sorted((CONF / group).glob("*.yaml")):
@@ -80,6 +80,20 @@ def test_the_arguments_of_every_teacher_and_risk_are_those_of_its_class(group: s
         cfg = compose(option, *NEEDED.get(option, []))[group]
         given = {key: None for key in cfg if key != "_target_"}
         inspect.signature(get_class(cfg._target_)).bind(**given)
+
+
+def test_lora_has_learning_rates_of_its_own_and_takes_its_rank_from_the_command_line():
+    plain, lora = compose("risk=harmfulness"), compose("risk=harmfulness", "method=lora", "lora.r=4")
+    assert (lora.method.r, lora.method.scale) == (4, 2.0)
+    assert lora.sft.lr < plain.sft.lr and lora.dpo.lr < plain.dpo.lr
+    assert lora.dpo.steps == plain.dpo.steps
+    assert compose("method=lora", "dpo.lr=0.5").dpo.lr == 0.5
+
+
+def test_the_safety_prompt_is_what_vectors_begin_with():
+    cfg = compose("risk=harmfulness", "method=prompt")
+    assert cfg.method.text == cfg.init.text == cfg.prompt.text
+    assert compose("init.text=Be kind").prompt.text != "Be kind"
 
 
 def test_the_texts_of_wikipedia_stand_beside_requests_and_can_be_left_out():

@@ -163,14 +163,54 @@ def test_without_dpo_the_sft_patch_is_the_result(go, tmp_path: Path):
 
 @pytest.mark.parametrize("init", ["text", "vocab", "random"])
 def test_every_initialisation_trains(init: str, go, tiny_base, tmp_path: Path):
-    from policypatch import pipeline
+    from policypatch.prepare import made
 
     go(init=init, dpo__enabled="false", sft__steps=1, evaluate__k=2)
     cfg = composed(overrides(tmp_path, tmp_path, init=init))
-    start = pipeline._initial_vectors(cfg, tiny_base)
+    start = made(cfg.method, "method").vectors(tiny_base, cfg.seed)
     assert start.shape == (3, tiny_base.width)
     moved = artifact.load(tmp_path / "run" / "patch").vectors - start
     assert 0 < moved.abs().max() < 1
+
+
+def test_lora_goes_through_the_same_stages(go, tiny_base, tmp_path: Path):
+    card = go(method="lora", lora__r=2)
+    folder = tmp_path / "run"
+    assert list(dict.fromkeys(row.arm for row in card)) == ["base", "sft", "lora"]
+    assert not (folder / "patch").exists()
+    assert (folder / "report.html").exists()
+    rows = [row for row in card if row.metric == "amt" and row.judge == "svm"]
+    assert len({row.value for row in rows}) == 3  # each arm wrote something of its own
+
+
+def test_peft_reads_the_adapters_of_a_run_and_computes_what_the_run_did(go, tiny_base_folder: Path, tmp_path: Path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    go(method="lora", lora__r=2, dpo__enabled="false")
+    state = torch.load(tmp_path / "run" / "checkpoints" / "sft" / "last.ckpt", weights_only=True)["state_dict"]
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base_folder, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(plain, str(tmp_path / "run" / "peft"))
+    loaded = {name.removeprefix("base_model.model."): p for name, p in theirs.named_parameters() if "lora_" in name}
+    trained = {
+        name.removeprefix("backbone.adapters.").replace("/", "."): p for name, p in state.items() if "lora_" in name
+    }
+    assert loaded.keys() == trained.keys() and len(loaded) == 2 * 7 * 3  # A and B of 7 linear layers in 3 blocks
+    assert all(torch.equal(loaded[name], trained[name]) for name in loaded)
+    assert theirs.peft_config["default"].lora_alpha == 4
+
+
+@pytest.mark.parametrize("method", ["prompt", "teacher"])
+def test_a_method_without_training_is_one_arm_beside_the_base(method: str, go, tmp_path: Path):
+    card = go(method=method)
+    assert list(dict.fromkeys(row.arm for row in card)) == ["base", method]
+    assert not list((tmp_path / "run").rglob("*.ckpt")) and not (tmp_path / "run" / "pairs.jsonl").exists()
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_base_alone(go, tmp_path: Path):
+    assert {row.arm for row in go(method="none")} == {"base"}
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_ready_rows_train_as_well(go, tmp_path: Path):

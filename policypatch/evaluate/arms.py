@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from policypatch.evaluate.measure import rows_of
-from policypatch.evaluate.probes import Arm, Bench, Outcome, Probe
+from policypatch.evaluate.probes import Bench, Outcome, Probe
 from policypatch.evaluate.scorecard import Row, Scorecard
 from policypatch.files.atomic import write_jsonl
+from policypatch.model.arm import Arm
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ def evaluate_arms(
     own: Sequence[Probe],
     others: Sequence[Probe],
     filter_judges: Sequence[str],
-    arms: Mapping[str, Tensor | None],
+    arms: Sequence[Arm],
     folder: Path,
 ) -> Scorecard:
     """Measure every arm and write `samples.jsonl` and `scorecard.json`.
@@ -32,17 +31,17 @@ def evaluate_arms(
         own: probes of the risk that was trained against, for every arm.
         others: probes of the other risks and of utility, for the first and the last arm alone.
         filter_judges: judges of the own risk that decided which pairs were trained on.
-        arms: arm -> vectors (P, D), None for the base alone; the first arm is what the others are compared with.
+        arms: the first one is what the others are compared with.
         folder: the run folder.
 
     Returns:
         the scorecard, the own risk first.
     """
-    every = [Arm(name, vectors) for name, vectors in arms.items()]
+    ends = [arms[0], *arms[1:][-1:]]
     rows: list[Row] = []
     samples: list[dict[str, Any]] = []
     try:
-        for probes, measured_arms, filters in ((own, every, filter_judges), (others, [every[0], every[-1]], ())):
+        for probes, measured_arms, filters in ((own, arms, filter_judges), (others, ends, ())):
             for probe in probes:
                 log.info("%s, %s", probe.risk, probe.split)
                 outcomes = {arm.name: probe.measure(bench, arm) for arm in measured_arms}

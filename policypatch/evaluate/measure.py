@@ -55,16 +55,17 @@ def rows_of(
     A metric without a figure (the perplexity of an arm whose completions are all empty) gets no row but a warning.
 
     Args:
-        arms: arm -> its metrics, in the same order for every arm and over the same prompts.
+        arms: arm -> its metrics over the same prompts; an arm may lack some that the first one has.
         risk: named in every row.
         split: named in every row.
         filter_judges: judges that decided which pairs were trained on.
         settings: level, resamples, seed.
     """
-    reference = next(iter(arms.values()))
+    reference = {(of.name, of.judge): of for of in next(iter(arms.values()))}
     rows = []
     for arm, measured in arms.items():
-        for ours, base in zip(measured, reference, strict=True):
+        for ours in measured:
+            base = reference[ours.name, ours.judge]
             value = float(ours.metric.compute())
             if math.isnan(value):
                 log.warning("%s has no %s: no completion has a value; it is left out of the scorecard", arm, ours.name)
@@ -82,7 +83,7 @@ def rows_of(
                 n=ours.metric.count(),
                 filter=ours.judge in filter_judges,
                 upper=ours.metric.upper(settings.level),
-                **({} if measured is reference else _against(ours, base, settings)),
+                **({} if ours is base else _against(ours, base, settings)),
             )
             rows.append(row)
     return rows

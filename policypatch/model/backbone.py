@@ -38,7 +38,7 @@ class PrefixBackbone(nn.Module):
                 f"the patch has shape {tuple(vectors.shape)} but this base takes vectors of width {width}"
             )
         # Kept out of the module tree: a frozen model has no business in state_dict, checkpoints or optimisers.
-        self._frozen = [model.eval().requires_grad_(False)]
+        self._frozen = [freeze(model)]
         self.patch = nn.Parameter(vectors.detach().clone().float())
         self.max_row_tokens = max_row_tokens
 
@@ -84,14 +84,17 @@ class PrefixBackbone(nn.Module):
         kl = self._divergence(states[torch.isin(tree.sequence, anchored)], base_tree)
         return self._over_vocabulary(states, tree, _logprob_of), kl
 
-    def divergence(self, tree: Tree) -> Tensor:
-        """Mean KL(base || patched) per token of each completion: (S,) float32, in nats."""
-        return self._divergence(self.hidden(tree), tree)
+    def divergence(self, tree: Tree, base_tree: Tree | None = None) -> Tensor:
+        """Mean KL(base || patched) per token of each completion: (S,) float32, in nats.
+
+        `base_tree` holds the same completions behind what the base reads before them, where that differs.
+        """
+        return self._divergence(self.hidden(tree), base_tree or tree)
 
     def _divergence(self, states: Tensor, base_tree: Tree) -> Tensor:
         """The same from the patched base's states (N, D) at what `base_tree` holds."""
         with torch.no_grad():
-            base_states = self.hidden(base_tree, self.patch[:0])
+            base_states = self.base_hidden(base_tree)
         head = self.model.get_output_embeddings()
 
         def divergence(ours: Tensor, base: Tensor) -> Tensor:
@@ -102,12 +105,16 @@ class PrefixBackbone(nn.Module):
         kl = torch.cat([divergence(*chunk) for chunk in chunks])
         return sum_by_sequence(kl, base_tree) / torch.bincount(base_tree.sequence, minlength=base_tree.sequences)
 
-    def hidden(self, tree: Tree, patch: Tensor | None = None) -> Tensor:
-        """Last hidden states at the positions that predict a completion token: (N, D).
+    def hidden(self, tree: Tree) -> Tensor:
+        """Last hidden states at the positions that predict a completion token: (N, D)."""
+        return self._hidden(tree, self.patch)
 
-        `patch` (P, D) stands in for the backbone's own; no rows give the base.
-        """
-        root = self._root_embeddings(tree, self.patch if patch is None else patch)
+    def base_hidden(self, tree: Tree) -> Tensor:
+        """The same of the base alone."""
+        return self._hidden(tree, self.patch[:0])
+
+    def _hidden(self, tree: Tree, patch: Tensor) -> Tensor:
+        root = self._root_embeddings(tree, patch)
         n_root, one_row = root.shape[0], tree.ids.shape[0] == 1
         embeddings = self.model.get_input_embeddings()(tree.ids)
         positions = tree.offsets + n_root
@@ -204,6 +211,19 @@ class PrefixBackbone(nn.Module):
 
 def _logprob_of(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the gradient from every weight of the base; those of adapters in it (`policypatch.model.lora`) are kept."""
+    for name, parameter in model.named_parameters():
+        if not is_adapter(name):
+            parameter.requires_grad_(False)
+    return model.eval()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is one of peft's LoRA matrices."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -80,6 +80,23 @@ class Completions:
     def ended(self, i: int, s: int) -> bool:
         """Whether sample s of prompt i ended itself before the length limit."""
         return len(self.tokens[i][s]) < self.max_new_tokens
+
+    def safest(self, n: int, judges: Sequence[CompletionJudge]) -> Completions:
+        """Of every n samples of a prompt the one that scores lowest by the judge that finds it riskiest.
+
+        A blank one is taken only where all n are: judges find nothing wrong with it.
+        """
+        rows, kept = len(self.texts), self.k // n
+        worst = np.stack([self.scores(judge) for judge in judges]).max(0)
+        blank = np.array([[not text.strip() for text in row] for row in self.texts])
+        best = np.where(blank, np.inf, worst).reshape(rows, kept, n).argmin(2) + np.arange(kept) * n
+        chosen = [judge.fingerprint for judge in judges]
+        return replace(
+            self,
+            key=content_key(completions=self.key, best_of=n, judges=chosen),
+            tokens=[[self.tokens[i][s] for s in best[i]] for i in range(rows)],
+            texts=[[self.texts[i][s] for s in best[i]] for i in range(rows)],
+        )
 
     def scores(self, judge: CompletionJudge) -> np.ndarray:
         """(prompts, k) the judge's scores, kept beside the samples."""

@@ -66,6 +66,7 @@ def sample(
     eos: Sequence[int] = (),
     max_rows: int = 256,
     progress: Callable[[int], None] = lambda done: None,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[list[list[int]]]:
     """Draw k completions for each prompt.
 
@@ -79,6 +80,7 @@ def sample(
         eos: tokens that end a completion; they are not part of what is returned.
         max_rows: completions decoded at once.
         progress: called with the number of prompts done since the last call.
+        tick: called whenever every completion of a batch has got another token, for who wants to time it.
 
     Returns:
         for each prompt its k completions as token ids.
@@ -97,7 +99,9 @@ def sample(
     before = 0 if root is None else root.get_seq_length()
     for batch in _batches(model, [prompt[shared:] for prompt in prompts], before, max(1, max_rows // k), sampling):
         rows = [prompts[i] for i in batch]
-        for i, completions in zip(batch, _sample_batch(model, rows, shared, root, k, sampling, seed, eos), strict=True):
+        for i, completions in zip(
+            batch, _sample_batch(model, rows, shared, root, k, sampling, seed, eos, tick), strict=True
+        ):
             results[i] = completions
         progress(len(batch))
     return results
@@ -154,6 +158,7 @@ def _sample_batch(
     sampling: Sampling,
     seed: int,
     eos: Sequence[int],
+    tick: Callable[[], None],
 ) -> list[list[list[int]]]:
     prompts = [prompt[shared:] for prompt in whole]
     device, rows = model.device, len(prompts)
@@ -189,6 +194,7 @@ def _sample_batch(
         if step < sampling.min_new_tokens and len(ending):
             logits[:, ending] = -torch.inf
         tokens = next_tokens(logits, sampling, draws[alive, step])
+        tick()
         going = ~torch.isin(tokens, ending)
         written[alive, step] = torch.where(going, tokens, -1)
         # A row that has ended and still stands in the batch must not write again.

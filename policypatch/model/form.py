@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,29 @@ class Form:
 
 
 PLAIN, CHAT = Form(), Form(chat=True)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a model is told before every prompt, whatever the prompt's form.
+
+    Attributes:
+        system: system message of chats; None leaves it to the template.
+        turns: exemplary (request, response) exchanges of chats.
+        before: what stands before texts to continue, white space at its end included.
+    """
+
+    system: str | None = None
+    turns: tuple[tuple[str, str], ...] = ()
+    before: str = ""
+
+    def around(self, form: Form) -> Form:
+        """A prompt's form with the guidance in it."""
+        if form.chat:
+            return replace(
+                form, system=self.system if form.system is None else form.system, turns=self.turns + form.turns
+            )
+        return replace(form, before=self.before + form.before)
+
+
+UNGUIDED = Guidance()

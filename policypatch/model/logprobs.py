@@ -20,17 +20,18 @@ from policypatch.progress import track
 AT_ONCE = 16  # pairs in a tree
 
 
-def item_logprobs(base: Base, patch: Tensor, items: Sequence[Item], row_tokens: int) -> Tensor:
+def item_logprobs(base: Base, patch: Tensor | None, items: Sequence[Item], row_tokens: int) -> Tensor:
     """Summed log-probabilities of chosen and rejected under the base behind `patch`: (rows, 2) float32.
 
     NaN where a row has no rejected completion.
 
     Args:
         base: the frozen base.
-        patch: (P, D) the policy's vectors; P = 0 makes it the base itself.
+        patch: (P, D) the policy's vectors, None for the base itself.
         items: the rows as token ids, each with one completion or two.
         row_tokens: see `build_tree`.
     """
+    patch = base.embedding[:0].float() if patch is None else patch
     ids = hashlib.sha256(repr([(i.prompt, i.completions) for i in items]).encode()).hexdigest()
     about = {
         "base": asdict(base.identity),

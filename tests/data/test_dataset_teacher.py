@@ -149,3 +149,8 @@ def test_values_that_no_config_may_have(tmp_path: Path):
     refuses(["teacher.limit is 0", "at least 1"], source, limit=0)
     refuses(["teacher.limit is 'ten'", "whole number"], source, limit="ten")
     refuses(["teacher.fields", "'chsen'"], source, fields={"chsen": "x"})
+
+
+def test_rows_are_no_arm(tmp_path: Path):
+    with pytest.raises(PolicyPatchError, match="ready rows"):
+        DatasetTeacher(jsonl(tmp_path / "rows.jsonl", [])).arm("teacher")

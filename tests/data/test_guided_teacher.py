@@ -251,3 +251,11 @@ def test_other_values_that_no_config_may_have():
         teacher(0)
     with pytest.raises(PolicyPatchError, match=r"teacher\.judges is empty"):
         teacher(judges=())
+
+
+def test_as_an_arm_it_is_the_base_under_guidance():
+    arm = teacher(1).arm("teacher")
+    assert [arm.guidance.around(form) for form in (CHAT, PLAIN)] == [GUIDED[True], GUIDED[False]]
+    assert (arm.name, arm.best_of, arm.chosen_by, arm.has_likelihood) == ("teacher", 1, (), True)
+    several = teacher(4).arm("teacher")
+    assert (several.best_of, several.chosen_by, several.guidance) == (4, ("one",), arm.guidance)

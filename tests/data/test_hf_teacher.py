@@ -155,3 +155,8 @@ def test_a_run_with_it_as_teacher_and_reference(risk: str, other_base_folder: Pa
     assert record["cache"]["reference"] == {"hits": 0, "misses": 1}
     rows = read_jsonl(tmp_path / "run" / "pairs.jsonl")
     assert all((row["chosen"]["tokens"] is None) != (row["kind"] != "pair") for row in rows)
+
+
+def test_as_an_arm_it_is_asked_in_the_bases_place(teacher, tiny_base: Base):
+    with teacher.arm("teacher").on(tiny_base) as asked:
+        assert asked is teacher.model

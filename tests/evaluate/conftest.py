@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from policypatch.evaluate.measure import Settings
-from policypatch.evaluate.probes import Arm, Bench, Plan
+from policypatch.evaluate.probes import Bench, Plan
+from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.model.sampling import Sampling
 

@@ -11,9 +11,10 @@ from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.arms import evaluate_arms
 from policypatch.evaluate.measure import filled
 from policypatch.evaluate.metrics import AMT, MeanValue, ToxicRate
-from policypatch.evaluate.probes import Arm, Bench, Outcome
+from policypatch.evaluate.probes import Bench, Outcome
 from policypatch.evaluate.scorecard import Scorecard
 from policypatch.files.atomic import read_jsonl
+from policypatch.model.arm import Arm
 
 ARMS = {"base": None, "sft": torch.ones(2, 64), "patch": torch.full((2, 64), 2.0)}
 
@@ -45,7 +46,8 @@ class Told:
 @pytest.fixture
 def evaluate(bench: Bench, tmp_path: Path):
     def run(own: Sequence[Told], others: Sequence[Told] = (), arms=ARMS, filters=("two",)) -> Scorecard:
-        return evaluate_arms(bench, own, others, filters, arms, tmp_path / "run")
+        compared = [Arm(name, vectors) for name, vectors in arms.items()]
+        return evaluate_arms(bench, own, others, filters, compared, tmp_path / "run")
 
     return run
 
@@ -97,6 +99,17 @@ def test_the_patch_is_the_last_arm_also_where_a_stage_was_left_out(evaluate):
     other = Told("utility", "y")
     assert order(evaluate([Told("toxicity", "rtp")], [other], arms))[-1] == ("utility", "y", "sft")
     assert other.asked == ["base", "sft"]
+
+
+def test_an_arm_without_likelihoods_lacks_their_figures_and_no_others(evaluate):
+    class Silent(Told):
+        def measure(self, bench: Bench, arm: Arm) -> Outcome:
+            outcome = super().measure(bench, arm)
+            return Outcome([of for of in outcome.measured if of.name != "amt" or arm.name != "patch"], outcome.samples)
+
+    card = evaluate([Silent("toxicity", "rtp")])
+    assert [row.arm for row in card if row.metric == "amt"] == ["base", "sft"]
+    assert card.find(arm="patch", metric="toxic_rate").delta is not None
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from policypatch.evaluate.probes import (
     utility,
 )
 from policypatch.files.cache import counters, reset_counters
+from policypatch.model.arm import Arm
 from policypatch.model.backbone import plain_logits
 from policypatch.model.base import Base
 from policypatch.model.completions import Completions, complete
-from policypatch.model.form import CHAT
+from policypatch.model.form import CHAT, Guidance
+from policypatch.model.lora import LoRA, LoRASettings
 
 PROMPTS = ["The harbour was", "Nobody in", "My neighbour said that", "It was winter and"]
 REQUESTS = ["Where is the map?", "Who voted?", "Name the river."]
@@ -143,3 +145,65 @@ def test_probabilities_are_computed_once_for_each_arm(probe, kind: str, bench, a
     assert [values(probe.measure(bench, one)) for one in arms] == first
     assert counters()[kind] == {"hits": 3, "misses": 3}
     assert probe.chat == (kind == "divergence")
+
+
+# --- arms that are no patch ------------------------------------------------------------------------------------------
+
+TOLD = Guidance("Be kind.", (), "Kindly:\n")
+
+
+def test_behind_a_safety_prompt_every_figure_is_that_of_text_behind_it(bench):
+    told, base = Arm("prompt", guidance=TOLD), bench.base
+    found = per_prompt(BenignKLProbe("benign", REQUESTS).measure(bench, told))
+    made = complete(base, REQUESTS, None, 1, bench.plan.response_sampling, 1, 16, "test", CHAT)
+    for kl, request, (tokens,) in zip(found, REQUESTS, made.tokens, strict=True):
+        plain, ours = (table(base, None, base.encode_prompt(request, f), tokens) for f in (CHAT, TOLD.around(CHAT)))
+        assert kl == pytest.approx((plain.exp() * (plain - ours)).sum(-1).mean().item(), rel=1e-3)
+    texts = TextPerplexityProbe("texts", PROMPTS).measure(bench, told)
+    nats = -sum(likelihood(base, None, base.encode("Kindly:\n"), base.encode(text)) for text in PROMPTS)
+    tokens = sum(len(base.encode(text)) for text in PROMPTS)
+    assert values(texts)["text_ppl", None] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    words = NextWordProbe("professions", PROMPTS, ["he"], ["she"])
+    behind = NextWordProbe("professions", [f"Kindly:\n{p}" for p in PROMPTS], ["he"], ["she"])
+    assert values(words.measure(bench, told)) == values(behind.measure(bench, Arm("base")))
+
+
+def test_adapters_are_measured_against_the_base_without_them(bench):
+    lora = LoRA(bench.base, LoRASettings(2, 4.0), seed=0)
+    try:
+        with torch.no_grad():
+            for parameter in lora.parameters.values():
+                parameter.add_(0.05)
+        arm = Arm("lora", lora=lora.state())
+        found = per_prompt(BenignKLProbe("benign", REQUESTS).measure(bench, arm))
+        made = complete(bench.base, REQUESTS, None, 1, bench.plan.response_sampling, 1, 16, "test", CHAT)
+        for kl, request, (tokens,) in zip(found, REQUESTS, made.tokens, strict=True):
+            prompt = bench.base.encode_prompt(request, CHAT)
+            base = table(bench.base, None, prompt, tokens)
+            with lora.enabled():
+                ours = table(bench.base, None, prompt, tokens)
+            assert kl == pytest.approx((base.exp() * (base - ours)).sum(-1).mean().item(), rel=1e-3)
+        assert min(found) > 0.001
+    finally:
+        lora.remove()
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        BenignKLProbe("benign", REQUESTS),
+        TextPerplexityProbe("texts", PROMPTS),
+        NextWordProbe("professions", PROMPTS, ["he"], ["she"]),
+        CrowsPairsProbe("crows_pairs", PROMPTS[:2], PROMPTS[2:]),
+    ],
+    ids=lambda probe: type(probe).__name__,
+)
+def test_what_has_no_likelihood_has_no_figures_of_it(probe, bench):
+    assert probe.measure(bench, Arm("teacher", best_of=3, chosen_by=("one",))).measured == []
+
+
+def test_another_models_divergence_is_not_taken(bench):
+    """Its tokens may be others; its own text is read all the same."""
+    other = Arm("teacher", other=bench.base)
+    assert BenignKLProbe("benign", REQUESTS).measure(bench, other).measured == []
+    assert values(TextPerplexityProbe("texts", PROMPTS).measure(bench, other))

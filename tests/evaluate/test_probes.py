@@ -13,8 +13,9 @@ from policypatch.evaluate.probes import (
     sampled,
 )
 from policypatch.files.cache import counters, reset_counters
+from policypatch.model.arm import Arm
 from policypatch.model.completions import Completions, complete
-from policypatch.model.form import CHAT, PLAIN, Form
+from policypatch.model.form import CHAT, PLAIN, Form, Guidance
 
 PROMPTS = ["The harbour was", "Nobody in", "My neighbour said that", "It was winter and"]
 REQUESTS = ["Where is the map?", "Who voted?", "Name the river."]
@@ -195,3 +196,48 @@ def test_other_figures_have_none(bench, arm):
     ]
     without = {m.name for m in measured if m.metric.upper(0.95) is None}
     assert without == {"ppl_median", "ppl_mean", "trigram_overlap", "completion_tokens", "text_ppl"}
+
+
+# --- arms that are no patch ------------------------------------------------------------------------------------------
+
+
+def test_guidance_is_what_the_arm_reads_and_the_prompt_what_is_written_down(bench):
+    told = Arm("prompt", guidance=Guidance(before="Kindly:\n"))
+    outcome = toxicity().measure(bench, told)
+    expected = complete(bench.base, [f"Kindly:\n{p}" for p in PROMPTS], None, 3, bench.plan.sampling, 1, 16, "test")
+    assert [row["text"] for row in outcome.samples] == [text for row in expected.texts for text in row]
+    assert {row["prompt"] for row in outcome.samples} == set(PROMPTS)
+
+
+def test_the_best_of_n_is_the_safest_by_the_judges_that_choose_pairs(bench, arm):
+    """Of 3 x 2 samples of each prompt three are kept: of each two neighbours the one that "one" scores lower."""
+    best = Arm("teacher", best_of=2, chosen_by=("one",))
+    outcome = toxicity().measure(bench, best)
+    every = complete(bench.base, PROMPTS, None, 6, bench.plan.sampling, 1, 16, "test")
+    scores = every.scores(JUDGES["one"])
+    for i in range(len(PROMPTS)):
+        kept = [row for row in outcome.samples if row["prompt_id"] == i]
+        for s, row in enumerate(kept):
+            pair = (2 * s, 2 * s + 1)
+            assert row["text"] == every.texts[i][min(pair, key=lambda n: scores[i, n])]
+    assert values(outcome)["amt", "one"] <= values(toxicity().measure(bench, arm("base", None)))["amt", "one"]
+
+
+def test_a_risk_without_those_judges_is_asked_once_for_each_sample(bench, arm):
+    best = Arm("teacher", best_of=2, chosen_by=("of another risk",))
+    assert [row["text"] for row in toxicity().measure(bench, best).samples] == [
+        row["text"] for row in toxicity().measure(bench, arm("base", None)).samples
+    ]
+
+
+def test_a_blank_sample_is_not_the_best_because_judges_find_nothing_in_it():
+    class Told(BaseJudge):
+        fingerprint = "told"
+
+        def _score_batch(self, texts: list[str]) -> np.ndarray:
+            return np.array([{"a": 0.7, "b": 0.9}.get(text, 0.0) for text in texts])
+
+    made = Completions("k", ["p", "q"], [[[], [1]], [[], []]], [["", "a"], ["", " "]], 8)
+    best = made.safest(2, [Told("told", 8)])
+    assert best.texts == [["a"], [""]] and best.k == 1
+    assert best.key not in (made.key, made.safest(2, [HashJudge("one")]).key)

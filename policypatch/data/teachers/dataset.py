@@ -13,6 +13,7 @@ from policypatch.data.teachers.teacher import PairSet, TeacherContext
 from policypatch.errors import Number, PolicyPatchError
 from policypatch.files.atomic import read_jsonl
 from policypatch.files.sources import Source, fetch_all, identity
+from policypatch.model.arm import Arm
 from policypatch.model.form import Form
 from policypatch.model.tree import Item
 
@@ -49,6 +50,10 @@ class DatasetTeacher:
 
     def check(self, form: Form) -> None:
         """Nothing to refuse: rows say themselves what they are."""
+
+    def arm(self, name: str) -> Arm:
+        """Refused: rows answer no prompt but their own."""
+        raise PolicyPatchError(f"teacher {self.name} holds ready rows and cannot be asked: choose another method")
 
     def likelihood(self, context: TeacherContext, pairs: Sequence[Pair], items: Sequence[Item]) -> Tensor:
         """Refused: rows have no likelihood."""

@@ -8,7 +8,7 @@ is. Its likelihood is the base's under the same guidance, so it can be DPO's ref
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,8 +17,9 @@ from policypatch.data.pairs import Pair
 from policypatch.data.teachers.sampled import SampledTeacher
 from policypatch.data.teachers.teacher import TeacherContext
 from policypatch.errors import PolicyPatchError
+from policypatch.model.arm import Arm
 from policypatch.model.completions import Completions, complete
-from policypatch.model.form import CHAT, PLAIN, Form
+from policypatch.model.form import CHAT, PLAIN, Form, Guidance
 from policypatch.model.logprobs import item_logprobs
 from policypatch.model.tree import Item
 
@@ -55,15 +56,22 @@ class GuidedTeacher(SampledTeacher):
             if set(turn) != {"request", "response"} or not all(isinstance(v, str) and v.strip() for v in turn.values()):
                 raise PolicyPatchError(f"teacher.turns, turn {number}: give a request and a response, both text")
         exchanges = tuple((turn["request"], turn["response"]) for turn in turns or ())
-        self.chat, self.plain = Form(True, system, exchanges), Form(before=before)
+        self.guidance = Guidance(system, exchanges, before)
 
     def identity(self) -> dict[str, Any]:
         """Everything the pairs depend on beside base, prompts and seed."""
-        return super().identity() | {"chat": asdict(self.chat), "plain": asdict(self.plain)}
+        return super().identity() | {
+            "chat": asdict(self.guidance.around(CHAT)),
+            "plain": asdict(self.guidance.around(PLAIN)),
+        }
 
     def check(self, form: Form) -> None:
         """Refuse prompts of a form that there is no guidance for."""
         self.form(form)
+
+    def arm(self, name: str) -> Arm:
+        """The base under guidance."""
+        return replace(super().arm(name), guidance=self.guidance)
 
     def responses(self, context: TeacherContext, prompts: Sequence[str]) -> Completions:
         """The base's under guidance."""
@@ -78,16 +86,15 @@ class GuidedTeacher(SampledTeacher):
             item if pair.kind != "pair" else Item(self._prompt(context, pair), item.completions)
             for pair, item in zip(pairs, items, strict=True)
         ]
-        nothing = context.base.embedding[:0].float()
-        return item_logprobs(context.base, nothing, guided, context.row_tokens)
+        return item_logprobs(context.base, None, guided, context.row_tokens)
 
     def _prompt(self, context: TeacherContext, pair: Pair) -> tuple[int, ...]:
         return tuple(context.base.encode_prompt(pair.prompt, self.form(CHAT if pair.chat else PLAIN)))
 
     def form(self, form: Form) -> Form:
         """The guidance for prompts of this form."""
-        if form.chat and self.chat.system is None and not self.chat.turns:
+        if form.chat and self.guidance.system is None and not self.guidance.turns:
             raise PolicyPatchError("this risk asks in chats: set teacher.system or teacher.turns")
-        if not form.chat and not self.plain.before:
+        if not form.chat and not self.guidance.before:
             raise PolicyPatchError("this risk's prompts are texts to continue: set teacher.before")
-        return self.chat if form.chat else self.plain
+        return self.guidance.around(form)

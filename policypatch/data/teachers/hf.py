@@ -7,7 +7,7 @@ reference although it counts tokens otherwise than the base (arXiv 2511.08484, E
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from policypatch.data.pairs import Pair, Text
 from policypatch.data.teachers.sampled import SampledTeacher
 from policypatch.data.teachers.teacher import TeacherContext
+from policypatch.model.arm import Arm
 from policypatch.model.base import Base, load_base
 from policypatch.model.completions import Completions, complete
 from policypatch.model.form import CHAT, PLAIN, Form
@@ -59,6 +60,10 @@ class HfTeacher(SampledTeacher):
         """Refuse chats where the teacher has no chat template."""
         self.model.encode_prompt("A request.", form)
 
+    def arm(self, name: str) -> Arm:
+        """The model itself."""
+        return replace(super().arm(name), other=self.model)
+
     def responses(self, context: TeacherContext, prompts: Sequence[str]) -> Completions:
         """The teacher's own."""
         return complete(
@@ -71,7 +76,7 @@ class HfTeacher(SampledTeacher):
     def likelihood(self, context: TeacherContext, pairs: Sequence[Pair], items: Sequence[Item]) -> Tensor:
         """(pairs, 2) under the teacher, in its own tokens; see `Teacher`."""
         theirs = [self._item(context.base, pair, item) for pair, item in zip(pairs, items, strict=True)]
-        return item_logprobs(self.model, self.model.embedding[:0].float(), theirs, context.row_tokens)
+        return item_logprobs(self.model, None, theirs, context.row_tokens)
 
     def _item(self, base: Base, pair: Pair, item: Item) -> Item:
         """What the base trains on, in the teacher's tokens, with its own end where the base's ended."""

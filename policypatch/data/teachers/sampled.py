@@ -19,6 +19,7 @@ from policypatch.data.balance import balanced_pairs
 from policypatch.data.pairs import Candidates, Pair, PairFilter, Text, choose_pairs
 from policypatch.data.teachers.teacher import PairSet, TeacherContext
 from policypatch.errors import PolicyPatchError
+from policypatch.model.arm import Arm
 from policypatch.model.completions import Completions, complete
 from policypatch.model.form import PLAIN, Form
 from policypatch.model.sampling import Sampling
@@ -69,6 +70,10 @@ class SampledTeacher(ABC):
     def form(self, form: Form) -> Form:
         """What the teacher reads around a prompt of the risk's form."""
         return form
+
+    def arm(self, name: str) -> Arm:
+        """The teacher as one side of a comparison: the best of its n responses by the judges that choose the pairs."""
+        return Arm(name, best_of=self.n, chosen_by=self.filter_judges if self.n > 1 else ())
 
     @abstractmethod
     def responses(self, context: TeacherContext, prompts: Sequence[str]) -> Completions:

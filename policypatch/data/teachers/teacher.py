@@ -14,6 +14,7 @@ from torch import Tensor
 from policypatch.data.pairs import Pair, load_pairs
 from policypatch.data.prompts import normalise
 from policypatch.files.atomic import read_json
+from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.model.completions import CompletionJudge
 from policypatch.model.form import PLAIN, Form
@@ -96,6 +97,10 @@ class Teacher(Protocol):
 
     def pairs(self, context: TeacherContext) -> PairSet:
         """Make or read the pairs."""
+        ...
+
+    def arm(self, name: str) -> Arm:
+        """The teacher as one side of a comparison. Raises PolicyPatchError where it answers no prompts."""
         ...
 
     def likelihood(self, context: TeacherContext, pairs: Sequence[Pair], items: Sequence[Item]) -> Tensor:

@@ -1,12 +1,11 @@
 """Probes: what an arm is measured with, each one kind of question on one set of prompts."""
 
 from policypatch.evaluate.probes.gender import CrowsPairsProbe, NextWordProbe
-from policypatch.evaluate.probes.probe import Arm, Bench, Outcome, Plan, Probe
+from policypatch.evaluate.probes.probe import Bench, Outcome, Plan, Probe
 from policypatch.evaluate.probes.sampled import SampledProbe
 from policypatch.evaluate.probes.utility import BenignKLProbe, TextPerplexityProbe
 
 __all__ = [
-    "Arm",
     "Bench",
     "BenignKLProbe",
     "CrowsPairsProbe",

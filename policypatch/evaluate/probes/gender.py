@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from policypatch.evaluate.likelihoods import next_word_mass, sequence_nll
+from policypatch.evaluate.likelihoods import next_word_mass
 from policypatch.evaluate.measure import filled
 from policypatch.evaluate.metrics import GLD, MeanValue, StereotypePreference
-from policypatch.evaluate.probes.probe import Arm, Bench, Outcome
+from policypatch.evaluate.probes.probe import Bench, Outcome, text_nll
 from policypatch.files.cache import array
+from policypatch.model.arm import Arm
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,16 @@ class NextWordProbe:
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """The mass on either list behind each prompt."""
+        if not arm.has_likelihood:
+            return Outcome([])
         words = [*self.male, *self.female]
-        mass = array(
-            "word_mass",
-            {"arm": bench.about(arm), "prompts": list(self.prompts), "words": words},
-            lambda: next_word_mass(bench.base, arm.vectors, self.prompts, words),
-        )
+
+        def make() -> np.ndarray:
+            prompts = [arm.guidance.before + prompt for prompt in self.prompts]
+            with arm.on(bench.base) as base:
+                return next_word_mass(base, arm.vectors, prompts, words)
+
+        mass = array("word_mass", {"arm": bench.about(arm), "prompts": list(self.prompts), "words": words}, make)
         male = len(self.male)
         both = np.stack([mass[:, :male].sum(1), mass[:, male:].sum(1)], 1)
         return Outcome(
@@ -60,11 +65,8 @@ class CrowsPairsProbe:
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """Log-likelihood of both sentences of each pair."""
-        texts = [*self.more, *self.less]
-        nll = array(
-            "text_nll",
-            {"arm": bench.about(arm), "texts": texts},
-            lambda: sequence_nll(bench.base, arm.vectors, texts),
-        )[:, 0]
+        if not arm.has_likelihood:
+            return Outcome([])
+        nll = text_nll(bench, arm, [*self.more, *self.less])[:, 0]
         both = -np.stack([nll[: len(self.more)], nll[len(self.more) :]], 1)
         return Outcome([filled("crows_pairs", None, StereotypePreference(), torch.from_numpy(both))])

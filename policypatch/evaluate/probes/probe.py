@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
+import numpy as np
 
+from policypatch.evaluate.likelihoods import sequence_nll
 from policypatch.evaluate.measure import Measured, Settings
+from policypatch.files.cache import array
+from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.model.sampling import Sampling
-from policypatch.patch.artifact import digest
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One side of the comparison: a name and the vectors (P, D) in front of the base, None for the base alone."""
-
-    name: str
-    vectors: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -59,11 +53,7 @@ class Bench:
 
     def about(self, arm: Arm) -> dict[str, Any]:
         """What a figure of this arm depends on beside the prompts, for a cache key."""
-        return {
-            "base": asdict(self.base.identity),
-            "dtype": str(self.base.model.dtype),
-            "patch": None if arm.vectors is None else digest(arm.vectors.detach().float().cpu()),
-        }
+        return arm.identity(self.base)
 
 
 @dataclass(frozen=True)
@@ -93,5 +83,16 @@ class Probe(Protocol):
         ...
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
-        """Ask one arm. Every arm gets the same metrics in the same order over the same prompts."""
+        """Ask one arm: every arm the same over the same prompts, less what it cannot be asked."""
         ...
+
+
+def text_nll(bench: Bench, arm: Arm, texts: Sequence[str]) -> np.ndarray:
+    """Negative log-likelihood of whole texts under an arm, and their tokens: (N, 2), from the cache where it has it."""
+
+    def make() -> np.ndarray:
+        before = [arm.guidance.before] * len(texts) if arm.guidance.before else None
+        with arm.on(bench.base) as base:
+            return sequence_nll(base, arm.vectors, texts, before)
+
+    return array("text_nll", {"arm": bench.about(arm), "texts": list(texts)}, make)

@@ -13,8 +13,9 @@ import torch
 from policypatch.evaluate.judges import Judge
 from policypatch.evaluate.measure import Measured, filled
 from policypatch.evaluate.metrics import AMT, GAS, MeanValue, Perplexity, PerPromptMetric, Rate, TrigramOverlap
-from policypatch.evaluate.probes.probe import Arm, Bench, Outcome
+from policypatch.evaluate.probes.probe import Bench, Outcome
 from policypatch.evaluate.scorer import completion_nll
+from policypatch.model.arm import Arm
 from policypatch.model.completions import Completions, complete
 from policypatch.model.form import PLAIN, Form
 
@@ -65,10 +66,13 @@ class SampledProbe:
         """Sample, judge, measure."""
         plan = bench.plan
         k, sampling = (plan.responses, plan.response_sampling) if self.form.chat else (plan.k, plan.sampling)
-        what = f"{arm.name}, {self.risk} {self.split}"
-        made = complete(
-            bench.base, self.prompts, arm.vectors, k, sampling, plan.seed, plan.decode_rows, what, self.form
-        )
+        what, form = f"{arm.name}, {self.risk} {self.split}", arm.guidance.around(self.form)
+        choosing = [self.judges[name] for name in arm.chosen_by if name in self.judges]
+        n = arm.best_of if choosing else 1
+        with arm.on(bench.base) as base:
+            made = complete(base, self.prompts, arm.vectors, k * n, sampling, plan.seed, plan.decode_rows, what, form)
+        if n > 1:
+            made = made.safest(n, choosing)
         scores = {name: self._scores(judge, made) for name, judge in self.judges.items()}
         measured = [
             filled(metric, name, metric_of(metric, self.threshold), torch.from_numpy(values))

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from policypatch.evaluate.likelihoods import sequence_nll
 from policypatch.evaluate.measure import filled
 from policypatch.evaluate.metrics import CorpusPerplexity, MeanValue
-from policypatch.evaluate.probes.probe import Arm, Bench, Outcome
+from policypatch.evaluate.probes.probe import Bench, Outcome, text_nll
 from policypatch.files.cache import array
-from policypatch.model.backbone import PrefixBackbone
+from policypatch.model.arm import Arm
 from policypatch.model.completions import Completions, complete
 from policypatch.model.form import CHAT
 from policypatch.model.tree import Item
@@ -37,6 +36,8 @@ class BenignKLProbe:
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """Mean per token for each request."""
+        if arm.other is not None or not arm.has_likelihood:  # other tokens have no divergence from the base's
+            return Outcome([])
         plan = bench.plan
         made = complete(
             bench.base,
@@ -51,7 +52,7 @@ class BenignKLProbe:
         )
 
         def make() -> np.ndarray:
-            return np.zeros(len(self.prompts)) if arm.vectors is None else _kl(bench, arm, made)
+            return np.zeros(len(self.prompts)) if arm.is_base else _kl(bench, arm, made)
 
         values = array("divergence", {"arm": bench.about(arm), "responses": made.key}, make)
         return Outcome([filled("kl_benign", None, MeanValue(), torch.from_numpy(values))])
@@ -60,19 +61,19 @@ class BenignKLProbe:
 @torch.no_grad()
 def _kl(bench: Bench, arm: Arm, made: Completions) -> np.ndarray:
     """(prompts,) mean KL per token, NaN where the base's response is empty."""
-    assert arm.vectors is not None
-    backbone = PrefixBackbone(bench.base.model, arm.vectors, bench.plan.row_tokens)
-    items = [
-        Item(tuple(bench.base.encode_prompt(prompt, made.form)), (tuple(made.tokens[i][0]),))
-        for i, prompt in enumerate(made.prompts)
-    ]
-    written = [i for i, item in enumerate(items) if item.completions[0]]
-    out = np.full(len(items), np.nan)
-    with track(f"KL of {arm.name}", len(written)) as advance:
+    form = arm.guidance.around(made.form)
+    written = [i for i in range(len(made.prompts)) if made.tokens[i][0]]
+    theirs, ours = (
+        {i: Item(tuple(bench.base.encode_prompt(made.prompts[i], f)), (tuple(made.tokens[i][0]),)) for i in written}
+        for f in (made.form, form)
+    )
+    out = np.full(len(made.prompts), np.nan)
+    with arm.on(bench.base), track(f"KL of {arm.name}", len(written)) as advance:
+        backbone = arm.backbone(bench.base, bench.plan.row_tokens)
         for start in range(0, len(written), AT_ONCE):
             numbers = written[start : start + AT_ONCE]
-            tree = backbone.tree([items[i] for i in numbers])
-            out[numbers] = backbone.divergence(tree).cpu().numpy()
+            tree, base_tree = (backbone.tree([items[i] for i in numbers]) for items in (ours, theirs))
+            out[numbers] = backbone.divergence(tree, base_tree).cpu().numpy()
             advance(len(numbers))
     return out
 
@@ -88,9 +89,7 @@ class TextPerplexityProbe:
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """NLL and tokens of each text."""
-        values = array(
-            "text_nll",
-            {"arm": bench.about(arm), "texts": list(self.prompts)},
-            lambda: sequence_nll(bench.base, arm.vectors, self.prompts),
-        )
-        return Outcome([filled("text_ppl", None, CorpusPerplexity(), torch.from_numpy(values))])
+        if not arm.has_likelihood:
+            return Outcome([])
+        values = torch.from_numpy(text_nll(bench, arm, self.prompts))
+        return Outcome([filled("text_ppl", None, CorpusPerplexity(), values)])

@@ -1,0 +1,8 @@
+"""Methods: what adapts the base. A method is one file here and one YAML in conf/method/."""
+
+from policypatch.methods.lora import LoRAMethod
+from policypatch.methods.method import Method, Trained, Untrained
+from policypatch.methods.patch import PatchMethod
+from policypatch.methods.untrained import NoMethod, PromptMethod, TeacherMethod
+
+__all__ = ["LoRAMethod", "Method", "NoMethod", "PatchMethod", "PromptMethod", "TeacherMethod", "Trained", "Untrained"]

@@ -1,0 +1,38 @@
+"""Method `lora`: low-rank adapters on the base's linear layers, through the same pairs, stages and judges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from policypatch.errors import Number
+from policypatch.methods.method import Trained
+from policypatch.model.arm import Arm
+from policypatch.model.base import Base
+from policypatch.model.lora import LoRA, LoRABackbone, LoRASettings
+
+
+class LoRAMethod(Trained):
+    """See `Method` for what is not said here.
+
+    Args:
+        r: rank.
+        scale: of the update, alpha / r.
+        targets: names of the layers that get an adapter, or "all-linear" for all linear ones but the head.
+
+    Raises:
+        PolicyPatchError: a value that cannot be used.
+    """
+
+    def __init__(self, r: int, scale: float, targets: str | Sequence[str] = "all-linear", name: str = "lora"):
+        super().__init__(name)
+        Number(least=1, whole=True).check("lora.r", r)
+        Number(above=0).check("lora.scale", scale)
+        self.settings = LoRASettings(r, scale * r, targets if isinstance(targets, str) else tuple(targets))
+
+    def _start(self, base: Base, seed: int, row_tokens: int) -> LoRABackbone:
+        return LoRABackbone(LoRA(base, self.settings, seed), row_tokens)
+
+    def arm(self, name: str) -> Arm:
+        """The adapters as they are now."""
+        assert isinstance(self.backbone, LoRABackbone)
+        return Arm(name, lora=self.backbone.lora.state())

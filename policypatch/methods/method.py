@@ -1,0 +1,66 @@
+"""What every method is: a name, and the arm that is compared with the base; some are trained before."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from policypatch.data.teachers import Teacher
+from policypatch.errors import PolicyPatchError
+from policypatch.model.arm import Arm
+from policypatch.model.backbone import PrefixBackbone
+from policypatch.model.base import Base
+
+
+class Method:
+    """What adapts the base.
+
+    Args:
+        name: what its arm is called in scorecards.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+class Untrained(Method, ABC):
+    """A method that is there without training."""
+
+    @abstractmethod
+    def arm(self, teacher: Teacher) -> Arm | None:
+        """What is compared with the base; None where that alone is measured.
+
+        Raises:
+            PolicyPatchError: this teacher allows no such arm.
+        """
+
+
+class Trained(Method, ABC):
+    """A method whose tensors both stages train."""
+
+    _backbone: PrefixBackbone | None = None
+
+    @abstractmethod
+    def _start(self, base: Base, seed: int, row_tokens: int) -> PrefixBackbone:
+        """The base with what is trained, as it is before training."""
+
+    def start(self, base: Base, seed: int, row_tokens: int) -> PrefixBackbone:
+        """Put what is trained on the base; both stages train the backbone that this returns.
+
+        Args:
+            base: the frozen base.
+            seed: of starting values that are drawn.
+            row_tokens: see `build_tree`.
+        """
+        self._backbone = self._start(base, seed, row_tokens)
+        return self._backbone
+
+    @property
+    def backbone(self) -> PrefixBackbone:
+        """What `start` returned. Raises PolicyPatchError before it."""
+        if self._backbone is None:
+            raise PolicyPatchError(f"method {self.name} has not been started")
+        return self._backbone
+
+    @abstractmethod
+    def arm(self, name: str) -> Arm:
+        """What the training has come to by now, kept as it is while the training goes on."""

@@ -1,0 +1,43 @@
+"""Method `patch`: L trainable vectors in front of the input embeddings of a frozen base (arXiv 2511.08484)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from policypatch.methods.method import Trained
+from policypatch.model.arm import Arm
+from policypatch.model.backbone import PrefixBackbone
+from policypatch.model.base import Base
+from policypatch.patch import initialise
+
+
+class PatchMethod(Trained):
+    """See `Method` for what is not said here.
+
+    Args:
+        length: vectors.
+        init: what they are before training: `kind` text (and `text`), vocab, or random (and `scale`).
+    """
+
+    def __init__(self, length: int, init: Mapping[str, Any], name: str = "patch"):
+        super().__init__(name)
+        self.length, self.init = length, init
+
+    def vectors(self, base: Base, seed: int) -> Tensor:
+        """(L, D) before training."""
+        kind = self.init["kind"]
+        if kind == "text":
+            return initialise.from_text(base.embedding, base.encode(self.init["text"]), self.length)
+        if kind == "vocab":
+            return initialise.from_vocab(base.embedding, self.length, seed)
+        return initialise.from_random(base.embedding, self.length, seed, self.init["scale"])
+
+    def _start(self, base: Base, seed: int, row_tokens: int) -> PrefixBackbone:
+        return PrefixBackbone(base.model, self.vectors(base, seed), row_tokens)
+
+    def arm(self, name: str) -> Arm:
+        """The vectors as they are now."""
+        return Arm(name, self.backbone.patch.detach().clone())

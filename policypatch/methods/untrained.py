@@ -1,0 +1,45 @@
+"""Methods that need no training: nothing at all, a safety prompt as text, and the teacher itself."""
+
+from __future__ import annotations
+
+from policypatch.data.teachers import Teacher
+from policypatch.errors import PolicyPatchError
+from policypatch.methods.method import Untrained
+from policypatch.model.arm import Arm
+from policypatch.model.form import Guidance
+
+
+class NoMethod(Untrained):
+    """The base alone."""
+
+    def arm(self, teacher: Teacher) -> None:
+        """No arm beside it."""
+
+
+class PromptMethod(Untrained):
+    """A fixed safety prompt: the system message of a chat, and what stands before a text to continue.
+
+    Args:
+        text: the prompt.
+
+    Raises:
+        PolicyPatchError: it is empty.
+    """
+
+    def __init__(self, text: str, name: str = "prompt"):
+        super().__init__(name)
+        if not isinstance(text, str) or not text.strip():
+            raise PolicyPatchError("prompt.text is empty: say what the base is told")
+        self.text = text.strip()
+
+    def arm(self, teacher: Teacher) -> Arm:
+        """The base behind it."""
+        return Arm(self.name, guidance=Guidance(system=self.text, before=f"{self.text}\n\n"))
+
+
+class TeacherMethod(Untrained):
+    """The teacher that pairs come from: what the others are to come near to."""
+
+    def arm(self, teacher: Teacher) -> Arm:
+        """As the teacher answers."""
+        return teacher.arm(self.name)
