@@ -21,6 +21,7 @@ from policypatch.model.base import Base
 from policypatch.patch import artifact
 from policypatch.patch.manifest import Manifest
 from policypatch.patch.peft_layout import save_peft
+from policypatch.report.costs import cost_sentence
 from policypatch.report.headline import headline
 from policypatch.report.table import scorecard_table
 
@@ -84,6 +85,8 @@ def say(scorecard: Scorecard, folder: Path, level: float) -> None:
     rows = [asdict(row) for row in scorecard]
     console.print(scorecard_table(rows, level))
     console.print(headline(rows, level))
+    if costs := cost_sentence(rows):
+        console.print(costs)
     hits = read_json(folder / "run.json")["cache"]
     console.print("cache: " + ", ".join(f"{k} {v['hits']} hit {v['misses']} made" for k, v in sorted(hits.items())))
     console.print(f"run folder: {folder}", soft_wrap=True)

@@ -22,6 +22,7 @@ from policypatch.data.prompts import normalise
 from policypatch.data.teachers import PairSet, Teacher, TeacherContext
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.arms import evaluate_arms
+from policypatch.evaluate.costs import Training, latency_rows, size_rows
 from policypatch.evaluate.measure import Settings
 from policypatch.evaluate.probes import Bench, Plan, Probe, SampledProbe
 from policypatch.evaluate.scorecard import Scorecard
@@ -32,6 +33,7 @@ from policypatch.methods import Trained, Untrained
 from policypatch.model.arm import Arm
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
+from policypatch.model.latency import Load
 from policypatch.model.logprobs import item_logprobs
 from policypatch.model.sampling import Sampling
 from policypatch.outcome import package, record, say
@@ -40,6 +42,7 @@ from policypatch.report.run_report import write_report
 from policypatch.report.tracking import Tracker, open_tracker
 from policypatch.settings import check
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
+from policypatch.train.memory import peak_memory
 from policypatch.train.module import Weights
 from policypatch.train.sft_module import SFTModule
 from policypatch.train.stage import optimisation, run_stage
@@ -76,9 +79,12 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
             ready = prepare(cfg)
             base, risk = ready.base, ready.risk
             write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
-        arms, pair_set = [Arm("base")], None
+        arms, pair_set, training = [Arm("base")], None, None
         if isinstance(ready.method, Trained):
-            pair_set = _trained_arms(cfg, ready, ready.method, arms, clock, tracker, folder)
+            with peak_memory(base.model.device) as peak:
+                pair_set = _trained_arms(cfg, ready, ready.method, arms, clock, tracker, folder)
+            seconds = clock.seconds.get("sft", 0.0) + clock.seconds.get("dpo", 0.0)
+            training = Training(seconds, cfg.trainer.devices, peak.bytes)
         elif isinstance(ready.method, Untrained) and (arm := ready.method.arm(ready.teacher)) is not None:
             arms.append(arm)
         with clock("evaluate"):
@@ -87,6 +93,11 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
             )
             filters = ready.teacher.filter_judges
             scorecard = evaluate_arms(bench, ready.own, ready.others, filters, _measured(cfg, arms), folder)
+        if len(arms) > 1:
+            with clock("costs"):
+                scorecard += size_rows(arms[-1], base, training)
+                scorecard += latency_rows(arms[-1], base, _loads(cfg), cfg.evaluate.costs.repeats)
+                scorecard.save(folder / "scorecard.json")
         if pair_set is not None:
             with clock("package"):
                 package(cfg, base, arms[-1], risk.name, pair_set, scorecard, resolved, started, folder)
@@ -274,6 +285,12 @@ def _reference(
 def _measured(cfg: DictConfig, arms: list[Arm]) -> list[Arm]:
     """The arms that are measured: the first and the last, and the one between the stages where that is asked for."""
     return arms if cfg.evaluate.after_sft else [arms[0], *arms[1:][-1:]]
+
+
+def _loads(cfg: DictConfig) -> list[Load]:
+    """What arms answer to be timed."""
+    costs = cfg.evaluate.costs
+    return [Load(prompt, batch) for prompt in costs.prompts for batch in costs.batches]
 
 
 def _plan(cfg: DictConfig) -> Plan:

@@ -18,6 +18,7 @@ from policypatch.evaluate.probes import Probe, SampledProbe
 from policypatch.methods import Method, Trained
 from policypatch.model.base import Base, load_base
 from policypatch.model.form import PLAIN
+from policypatch.model.latency import NEW_TOKENS
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +163,13 @@ def _check_context(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher, pro
             decoded.append(("risk.benign", risk.benign_prompts, form, 0, new))
         if risk.benign_texts:
             decoded.append(("risk.benign_texts", risk.benign_texts, PLAIN, 0, new))
+    if (longest := max(cfg.evaluate.costs.prompts, default=0)) and (
+        cfg.patch.length + longest + NEW_TOKENS > base.context
+    ):
+        raise PolicyPatchError(
+            f"evaluate.costs.prompts has {longest}: with {cfg.patch.length} vectors before and {NEW_TOKENS} new tokens "
+            f"after it exceeds the context of {cfg.model.name} ({base.context}); shorten it"
+        )
     for key, prompts, form, vectors, new in decoded:
         lengths = [len(base.encode_prompt(prompt, form)) for prompt in prompts]
         longest = max(lengths)

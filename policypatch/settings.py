@@ -42,6 +42,7 @@ NUMBERS: dict[str, Number] = {
     "evaluate.ppl_samples": Number(least=1, whole=True),
     "evaluate.level": Number(above=0, most=0.9999),
     "evaluate.resamples": Number(least=100, whole=True),
+    "evaluate.costs.repeats": Number(least=1, whole=True),
     "decode_rows": Number(least=1, whole=True),
     "row_tokens": Number(least=16, whole=True),
     # Lightning would start the command line again for every further device, a sweep included.
@@ -115,6 +116,12 @@ def check(cfg: DictConfig) -> None:
             raise PolicyPatchError(f"{stage}.betas is {betas}: give two numbers, at least 0 and less than 1")
         if not isinstance(cfg[stage].enabled, bool):
             raise PolicyPatchError(f"{stage}.enabled is {cfg[stage].enabled!r}: choose true or false")
+    for key in ("evaluate.costs.prompts", "evaluate.costs.batches"):
+        numbers = OmegaConf.select(cfg, key)
+        if not OmegaConf.is_list(numbers):
+            raise PolicyPatchError(f"{key} is {numbers!r}: give a list of whole numbers, [] for none")
+        for number in numbers:
+            Number(least=1, whole=True).check(key, number)
     if not isinstance(cfg.evaluate.after_sft, bool):
         raise PolicyPatchError(f"evaluate.after_sft is {cfg.evaluate.after_sft!r}: choose true or false")
     if not (cfg.sft.enabled or cfg.dpo.enabled):

@@ -87,6 +87,7 @@ def overrides(base: Path, prompts: Path, risk: str = "toxicity", **changes: Any)
         "evaluate.resamples": 100,
         "evaluate.sampling": "{temperature:1.0,top_p:0.9,max_new_tokens:8,min_new_tokens:0}",
         "evaluate.response_sampling": "{temperature:1.0,top_p:0.9,max_new_tokens:6,min_new_tokens:0}",
+        "evaluate.costs": "{prompts:[4,6],batches:[1,2],repeats:1}",
         "decode_rows": 32,
     }
     values |= SECTIONS[risk]("risk", prompts)

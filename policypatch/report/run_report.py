@@ -17,6 +17,7 @@ import yaml
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_json, read_jsonl, write_text
 from policypatch.report import scorecard, view, wording
+from policypatch.report.costs import cost_label, cost_text, load_text
 from policypatch.report.figures import CUTOFF, arm_styles, loss_curves, score_distributions
 from policypatch.report.headline import own_sentences, verdict
 from policypatch.report.samples import by_split, sections, worst_scores
@@ -58,6 +59,7 @@ def write_report(run_dir: Path) -> Path:
             final=final,
             groups=own,
             others=scorecard.by_risk(others),
+            costs=scorecard.costs_of(rows),
             own_arms=_arms_in(own),
             other_arms=_arms_in(others),
             any_filter=any(row.get("filter") for row in rows),
@@ -101,6 +103,9 @@ def _environment() -> jinja2.Environment:
         "is_number": wording.is_number,
         "seconds": view.duration,
         "score_text": view.score_text,
+        "cost_label": cost_label,
+        "cost_text": cost_text,
+        "load_text": load_text,
     }
     environment.globals |= {
         "delta_of": scorecard.delta_of,

@@ -16,6 +16,7 @@ Effect = Literal["better", "worse", "unclear", "neutral"]
 
 LEVEL = 0.95  # of the intervals, where the config does not say
 UTILITY = "utility"  # what is no risk: the rows under this name stand last
+COST = "cost"  # what is no measurement of text at all: these rows have a table of their own
 _FIRST_ARMS, _LAST_ARMS = ("base", "sft"), ("patch", "teacher")
 
 
@@ -61,9 +62,9 @@ def arms_of(rows: Iterable[Row]) -> list[str]:
 
 
 def final_arm(rows: Iterable[Row]) -> str | None:
-    """The arm that the run is about: the patch, or else the last one that is not base or teacher."""
-    candidates = [arm for arm in arms_of(rows) if arm not in ("base", "teacher")]
-    return candidates[-1] if candidates else None
+    """The arm that the run is about: the patch, or else the last one that is not the base, the teacher's if alone."""
+    compared = [arm for arm in arms_of(rows) if arm != "base"]
+    return next((arm for arm in reversed(compared) if arm != "teacher"), next(iter(compared), None))
 
 
 def groups_of(rows: Iterable[Row]) -> list[Group]:
@@ -72,6 +73,20 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
     The first row's risk, which the run is about, comes first, utility last. Within a metric a judge that did not
     filter the training pairs comes before one that did.
     """
+    found = _grouped(row for row in rows if row.get("risk") != COST)
+    for group in found:
+        group.lines.sort(key=lambda line: (metric_rank(line.metric), line.metric, line.filtered))
+    risks = list(dict.fromkeys(group.risk for group in found))
+    order = risks[:1] + sorted(risks[1:], key=lambda risk: risk == UTILITY)
+    return sorted(found, key=lambda group: order.index(group.risk))
+
+
+def costs_of(rows: Iterable[Row]) -> list[Group]:
+    """What the arms cost: a group for training and one for each load that they answered."""
+    return _grouped(row for row in rows if row.get("risk") == COST)
+
+
+def _grouped(rows: Iterable[Row]) -> list[Group]:
     groups: dict[tuple[str, str], Group] = {}
     lines: dict[tuple[str, str, str, str | None], Line] = {}
     for row in rows:
@@ -83,11 +98,7 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
             group.lines.append(lines[key])
         lines[key].filtered |= bool(row.get("filter"))
         lines[key].cells[str(row["arm"])] = row
-    for group in groups.values():
-        group.lines.sort(key=lambda line: (metric_rank(line.metric), line.metric, line.filtered))
-    risks = list(dict.fromkeys(group.risk for group in groups.values()))
-    order = risks[:1] + sorted(risks[1:], key=lambda risk: risk == UTILITY)
-    return sorted(groups.values(), key=lambda group: order.index(group.risk))
+    return list(groups.values())
 
 
 def own_and_others(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:

@@ -158,5 +158,6 @@ def test_a_run_with_it_as_teacher_and_reference(risk: str, other_base_folder: Pa
 
 
 def test_as_an_arm_it_is_asked_in_the_bases_place(teacher, tiny_base: Base):
-    with teacher.arm("teacher").on(tiny_base) as asked:
-        assert asked is teacher.model
+    made = teacher()
+    with made.arm("teacher").on(tiny_base) as asked:
+        assert asked is made.model

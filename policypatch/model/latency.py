@@ -1,0 +1,94 @@
+"""What an arm costs when it answers: the time to its first token and for each further one, relative to the base.
+
+The machine's speed drifts and other work disturbs it, so base and arm are timed in turn within one process, and what
+counts is the ratio of each pair of neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from policypatch.model.arm import Arm
+from policypatch.model.base import Base
+from policypatch.model.decode import sample
+from policypatch.model.sampling import Sampling
+
+NEW_TOKENS = 17  # the time for each is a mean over all but the first
+
+
+@dataclass(frozen=True)
+class Load:
+    """A batch that an arm answers: `batch` prompts of `prompt` tokens each."""
+
+    prompt: int
+    batch: int
+
+
+def ratios(base: Base, arm: Arm, load: Load, repeats: int, merged: bool = False) -> np.ndarray:
+    """Time of the arm / time of the base, to the first token and for each further one: (repeats, 2).
+
+    1.02 is 2 % slower. Nothing is reused from one answer to the next: the time to the first token holds the patch or
+    the safety prompt, too.
+
+    Args:
+        base: the base.
+        arm: vectors, a safety prompt or adapters on it.
+        load: what is answered.
+        repeats: pairs that are timed, after one that is not.
+        merged: adapters are added to the weights before, as one does who serves nothing else.
+    """
+    prompts = _prompts(base, load)
+    before = base.encode(arm.guidance.system or arm.guidance.before or "")
+    guided = [[*before, *prompt] for prompt in prompts]
+
+    rows = []
+    for _ in range(repeats + 1):
+        with _adapted(arm, merged):
+            of_arm = _seconds(base, guided, arm)
+        with nullcontext() if arm.lora is None else arm.lora.lora.taken_out():
+            of_base = _seconds(base, prompts, Arm("base"))
+        rows.append(of_arm / of_base)
+    return np.array(rows[1:])
+
+
+@contextmanager
+def _adapted(arm: Arm, merged: bool) -> Iterator[None]:
+    """The arm's adapters at work, if it has any."""
+    with ExitStack() as stack:
+        if arm.lora is not None:
+            stack.enter_context(arm.lora.applied())
+            if merged:
+                stack.enter_context(arm.lora.lora.merged())
+                stack.enter_context(arm.lora.lora.taken_out())
+        yield
+
+
+def _prompts(base: Base, load: Load) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(load.prompt)
+    return torch.randint(0, len(base.tokenizer), (load.batch, load.prompt), generator=generator).tolist()
+
+
+def _seconds(base: Base, prompts: Sequence[Sequence[int]], arm: Arm) -> np.ndarray:
+    """To the first token, and for each of those after it: (2,)."""
+    ticks: list[float] = []
+    start = time.perf_counter()
+    greedy = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
+    sample(base.model, prompts, arm.vectors, 1, greedy, max_rows=len(prompts), tick=_clock(base, ticks.append))
+    return np.array([ticks[0] - start, (ticks[-1] - ticks[0]) / (len(ticks) - 1)])
+
+
+def _clock(base: Base, write: Callable[[float], None]) -> Callable[[], None]:
+    """Writes the time down when everything before it has really been computed."""
+
+    def tick() -> None:
+        if base.model.device.type == "cuda":
+            torch.cuda.synchronize(base.model.device)
+        write(time.perf_counter())
+
+    return tick
