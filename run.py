@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import hydra
 from omegaconf import DictConfig
 
 CONF = Path(__file__).parent / "conf"
+os.environ.setdefault("POLICYPATCH_HOME", str(CONF.parent.resolve()))  # config.yaml finds experiments/ by it
 NAMING = "hydra.job.config.override_dirname.exclude_keys"
 
 

@@ -205,6 +205,10 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         raise PolicyPatchError(f"{swept[0].key_or_group} has several values: add -m for a sweep over them")
     plain = [o.input_line or "" for o in overrides if o not in swept]
     try:
+        from_files = _sweeps_of_files(plain, {o.key_or_group for o in overrides})
+        if from_files and not multirun:
+            raise PolicyPatchError(f"{from_files[0].key_or_group} is swept by the experiment: add -m")
+        overrides, swept = [*overrides, *from_files], [*swept, *from_files]
         known = compose("config", overrides=[o.input_line or "" for o in overrides if o not in swept and _is_choice(o)])
         for override in overrides:
             _check_key(override, known, {o.key_or_group for o in swept})
@@ -214,6 +218,15 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         raise PolicyPatchError(_first_line(error)) from error
     except yaml.YAMLError as error:
         raise PolicyPatchError(f"a file of conf/ is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _sweeps_of_files(plain: Sequence[str], given: Collection[str]) -> list[Override]:
+    """What an experiment sweeps (`hydra.sweeper.params`); a key that the command line has, too, is that one's."""
+    hydra_cfg = compose("config", overrides=list(plain), return_hydra_config=True).hydra
+    params = OmegaConf.to_container(hydra_cfg.sweeper.get("params") or OmegaConf.create({}))
+    assert isinstance(params, dict)
+    found = _parse([f"{key}={value}" for key, value in params.items()])
+    return [o for o in found if o.key_or_group not in given]
 
 
 FIXED_IN_NAME = 100  # bytes that the values all jobs share may take of a folder's name, which may have 255

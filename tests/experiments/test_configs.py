@@ -1,0 +1,73 @@
+"""Every experiment composes with every value that it sweeps, and every kind of job in it runs for a step."""
+
+from itertools import zip_longest
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from tiny_run import ROOT, composed, overrides
+
+from policypatch.pipeline import run
+from policypatch.settings import check, check_overrides
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments" / "experiment").glob("*.yaml"))
+NAMED = ("length", "beta", "init", "stages", "reference", "lora", "seeds", "headline")
+
+
+def text_of(name: str) -> str:
+    return (ROOT / "experiments" / "experiment" / f"{name}.yaml").read_text("utf-8")
+
+
+def values_of(name: str) -> dict[str, list[str]]:
+    """Each swept key with its values."""
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = hydra.compose("config", overrides=[f"+experiment={name}"], return_hydra_config=True)
+        parser = OverridesParser.create()
+        swept = parser.parse_overrides([f"{key}={value}" for key, value in cfg.hydra.sweeper.params.items()])
+        return {o.get_key_element(): [str(v) for v in o.sweep_string_iterator()] for o in swept}
+
+
+def jobs_of(name: str) -> list[list[str]]:
+    """As few jobs as hold every value once."""
+    values = values_of(name)
+    rows = zip_longest(*values.values())
+    first = [v[0] for v in values.values()]
+    return [[f"{k}={v or f}" for k, v, f in zip(values, row, first, strict=True)] for row in rows]
+
+
+JOBS = [(name, job) for name in EXPERIMENTS for job in jobs_of(name)]
+
+
+def test_all_that_were_promised_are_there():
+    assert set(NAMED) <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_its_header_says_the_claim_what_is_expected_and_how_it_is_run(name: str):
+    head = [line for line in text_of(name).splitlines() if line.startswith("#")]
+    assert any("Expected:" in line for line in head) and any(f"+experiment={name}" in line for line in head)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_it_is_a_valid_sweep_and_its_folder_has_its_name(name: str):
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        check_overrides([f"+experiment={name}", "+size=small"], multirun=True)
+        cfg = hydra.compose("config", overrides=[f"+experiment={name}"])
+    assert cfg.name == name
+
+
+@pytest.mark.parametrize(("name", "job"), JOBS, ids=lambda part: part if isinstance(part, str) else ",".join(part))
+def test_every_value_runs_for_a_step(name: str, job: list[str], tiny_base_folder: Path, tmp_path: Path):
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        risk = hydra.compose("config", overrides=[f"+experiment={name}", *job]).risk.name
+    keys = {override.partition("=")[0] for override in job}
+    small = {"sft__steps": 1, "dpo__steps": 1, "others": "none", "evaluate__costs": "{prompts:[],batches:[],repeats:1}"}
+    tiny = overrides(tiny_base_folder, tmp_path, risk, **small)
+    tiny = [line for line in tiny if line.partition("=")[0] not in keys]
+    cfg = composed([*tiny, f"+experiment={name}", *job])
+    check(cfg)
+    card = run(cfg, tmp_path / "run", ",".join(job), tiny)
+    arms = {row.arm for row in card}
+    assert "base" in arms and (len(arms) > 1 or "+arm=base" in job)
+    assert (tmp_path / "run" / "report.html").exists()
