@@ -16,15 +16,22 @@ NAMING = "hydra.job.config.override_dirname.exclude_keys"
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
-    """One job: compose is done, the rest is policypatch.pipeline."""
+    """One run, or one job of a sweep: compose is done, the rest is policypatch.pipeline."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from policypatch.errors import PolicyPatchError
-    from policypatch.pipeline import run
 
     hydra_cfg = HydraConfig.get()
+    about = cfg, Path(hydra_cfg.runtime.output_dir), hydra_cfg.job.override_dirname, list(hydra_cfg.overrides.task)
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        from policypatch.sweep import job
+
+        return job(*about)
+    from policypatch.pipeline import run
+
     try:
-        run(cfg, Path(hydra_cfg.runtime.output_dir), hydra_cfg.job.override_dirname, list(hydra_cfg.overrides.task))
+        run(*about)
     except PolicyPatchError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

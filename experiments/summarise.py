@@ -15,16 +15,15 @@ from typing import Annotated, Any
 
 import typer
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.scorecard import Row, Scorecard
 from policypatch.files.atomic import atomic_path, write_json
+from policypatch.report.records import differing, settings_of
 
 FIGURES = ("value", "low", "high", "upper", "delta", "p_value")
 KEY = ("risk", "split", "metric", "judge")
-NOT_A_SETTING = ("name", "logger")
 MEASURED = ("others.", "evaluate.after_sft")  # what is measured beside the patch's own risk makes no other patch
 Runs = Annotated[list[Path], typer.Argument(help="folders of finished runs")]
 Out = Annotated[Path, typer.Option(help="folder that is written to")]
@@ -34,7 +33,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 @app.command()
 def seeds(runs: Runs, out: Out) -> None:
     """Every figure of base and patch in runs that differ in their seed alone: each one's, and their mean."""
-    settings = [_settings(run) for run in runs]
+    settings = [settings_of(run) for run in runs]
     differing = sorted({key for s in settings for key in s if s.get(key) != settings[0].get(key)})
     if others := [key for key in differing if not (key.endswith("seed") or key.startswith(MEASURED))]:
         raise PolicyPatchError(f"the runs differ in {others[0]}: give runs that differ in their seed alone")
@@ -57,7 +56,7 @@ def frontier(
     name: Annotated[str, typer.Option(help="of the two files")] = "frontier",
 ) -> None:
     """Plot a metric of the patch against another, one point a run, with the intervals of both."""
-    settings = [_settings(run) for run in runs]
+    settings = [settings_of(run) for run in runs]
     points = []
     for run, own, label in zip(runs, settings, labels(settings), strict=True):
         card = Scorecard.load(run / "scorecard.json")
@@ -109,12 +108,8 @@ def _cell(figure: Mapping[str, Any]) -> str:
 
 def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Each run's values of the keys in which the runs differ; keys that always change together are named once."""
-    columns: dict[tuple[str, ...], str] = {}
-    for key in sorted({key for own in settings for key in own}):
-        values = tuple(str(own.get(key)) for own in settings)
-        if len(set(values)) > 1:
-            columns.setdefault(values, key)
-    return [", ".join(f"{key}={values[i]}" for values, key in columns.items()) or "run" for i in range(len(settings))]
+    keys = differing(settings)
+    return [", ".join(f"{key}={own.get(key)}" for key in keys) or "run" for own in settings]
 
 
 def drawn(points: Sequence[Mapping[str, Any]], x: str, y: str, judge: str) -> Figure:
@@ -147,22 +142,6 @@ def _own(card: Scorecard, metric: str, judge: str) -> Row:
 
 def _is(row: Row, where: Mapping[str, Any]) -> bool:
     return all(getattr(row, key) == value for key, value in where.items())
-
-
-def _settings(run: Path) -> dict[str, Any]:
-    """The run's config as flat keys."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise PolicyPatchError(f"{path} does not exist: give the folder of a finished run")
-    return dict(_flat(OmegaConf.to_container(OmegaConf.load(path))))
-
-
-def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(node, dict):
-        return [
-            leaf for key in node if key not in NOT_A_SETTING or prefix for leaf in _flat(node[key], f"{prefix}{key}.")
-        ]
-    return [(prefix[:-1], node)]
 
 
 if __name__ == "__main__":

@@ -47,6 +47,25 @@ def judges(
         raise typer.Exit(2) from None
 
 
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="folders of sweeps or of runs")],
+    out: Annotated[Path | None, typer.Option(help="folder that is written to; the first of the folders")] = None,
+) -> None:
+    """Put runs side by side: compare.html, compare.csv and compare.md."""
+    from policypatch.report.compare import compare as compared
+
+    target = out or folders[0]
+    try:
+        found = compared(folders, target)
+    except PolicyPatchError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise typer.Exit(2) from None
+    console = Console(soft_wrap=True)
+    console.print(found.summary(), markup=False, highlight=False)
+    console.print(f"{target / 'compare.html'}", markup=False, highlight=False)
+
+
 def measured(model: bool = True) -> dict[str, list[dict[str, Any]]]:
     """Rows of figures by the set of labels they are measured on."""
     names = [name for name in REFUSALS if model or name != "likelihood"]

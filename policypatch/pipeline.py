@@ -38,6 +38,7 @@ from policypatch.model.logprobs import item_logprobs
 from policypatch.model.sampling import Sampling
 from policypatch.outcome import package, record, say
 from policypatch.prepare import Prepared, prepare
+from policypatch.report.records import FAILED
 from policypatch.report.run_report import write_report
 from policypatch.report.tracking import Tracker, open_tracker
 from policypatch.settings import check
@@ -70,6 +71,7 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
     reset_counters()
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     _refuse_foreign_folder(folder, resolved)
+    (folder / FAILED).unlink(missing_ok=True)  # an earlier attempt's
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     clock = Clock()
     tracker = open_tracker(cfg.logger, folder, cfg.name, overrides, resolved)

@@ -11,6 +11,9 @@ from tiny_run import ROOT, overrides
 
 from policypatch.evaluate.scorecard import Scorecard
 
+COUNTED = ("pairs", "reference", "completions", "judgements")
+NOTHING = {"hits": 0, "misses": 0}
+
 
 @pytest.fixture
 def cli(tiny_base_folder: Path, tmp_path: Path):
@@ -18,7 +21,7 @@ def cli(tiny_base_folder: Path, tmp_path: Path):
 
     def call(*arguments: str, sweep: bool = False, **changes) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / "run.py"), *(["-m"] if sweep else []), *arguments]
-        command += overrides(tiny_base_folder, tmp_path, name="tiny", **changes)
+        command += overrides(tiny_base_folder, tmp_path, **{"name": "tiny", **changes})
         environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "POLICYPATCH_CACHE": str(tmp_path / "cache")}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
 
@@ -58,7 +61,7 @@ def test_a_missing_file_ends_in_one_sentence(cli, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_sweep_of_six_makes_its_pairs_once(cli, tmp_path: Path):
-    done = cli(sweep=True, **{"patch.length": "2,3,4", "dpo.beta": "0.1,0.5", "init": "vocab"})
+    done = cli(sweep=True, **{"patch.length": "2,3,4", "dpo.beta": "0.1,0.5", "init": "vocab", "dpo.reference": "base"})
     assert done.returncode == 0, done.stderr[-3000:]
     folders = sorted(path.parent for path in (tmp_path / "outputs" / "tiny").rglob("scorecard.json"))
     assert len(folders) == 6
@@ -76,3 +79,25 @@ def test_a_sweep_of_six_makes_its_pairs_once(cli, tmp_path: Path):
     # All six are compared with one and the same base.
     bases = [[row for row in Scorecard.load(folder / "scorecard.json") if row.arm == "base"] for folder in folders]
     assert all(base == bases[0] for base in bases)
+
+    # Made once: the base's samples and judgements and, against the base, the reference's log-probabilities.
+    made = {kind: sum(record["cache"].get(kind, NOTHING)["misses"] for record in records) for kind in COUNTED}
+    assert made["reference"] == 1
+    assert made["completions"] == 1 + 1 + 3 + 6  # pairs, base, sft of each length, patch of each run
+    assert made["judgements"] == 1 + 2 * (1 + 3 + 6)  # pairs by the filter, then two judges
+    comparison = tmp_path / "outputs" / "tiny"
+    assert {f"compare.{kind}" for kind in ("html", "csv", "md")} <= {path.name for path in comparison.iterdir()}
+    assert "6 of 6 runs finished" in done.stdout and "pairs 1 made 5 found" in done.stdout
+    assert "| patch | 0.1 | 2 |" in (comparison / "compare.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_does_not_end_the_sweep_and_is_seen(cli, tmp_path: Path):
+    done = cli(sweep=True, **{"patch.length": "500,2", "name": "broken"})
+    assert done.returncode == 1
+    folder = tmp_path / "outputs" / "broken"
+    note = json.loads((folder / "patch.length=500" / "failed.json").read_text())
+    assert note["error"] == "PolicyPatchError" and "patch.length is 500" in note["message"]
+    assert (folder / "patch.length=2" / "report.html").is_file()
+    assert "failed: patch.length=500: patch.length is 500" in done.stdout and "Traceback" not in done.stderr
+    assert "patch.length is 500" in (folder / "compare.html").read_text()

@@ -14,9 +14,9 @@ LABELS = {
     "device_hours": "device-hours",
     "peak_memory_bytes": "most memory held",
     "first_token_ratio": "time to the first token",
-    "per_token_ratio": "time for each further one",
-    "first_token_ratio_merged": "merged: to the first token",
-    "per_token_ratio_merged": "merged: for each further one",
+    "per_token_ratio": "time for each further token",
+    "first_token_ratio_merged": "merged: time to the first token",
+    "per_token_ratio_merged": "merged: for each further token",
 }
 
 

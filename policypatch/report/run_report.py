@@ -18,7 +18,8 @@ from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_json, read_jsonl, write_text
 from policypatch.report import scorecard, view, wording
 from policypatch.report.costs import cost_label, cost_text, load_text
-from policypatch.report.figures import CUTOFF, arm_styles, loss_curves, score_distributions
+from policypatch.report.drawing import arm_styles
+from policypatch.report.figures import CUTOFF, loss_curves, score_distributions
 from policypatch.report.headline import own_sentences, verdict
 from policypatch.report.samples import by_split, sections, worst_scores
 from policypatch.report.side_effects import side_effects

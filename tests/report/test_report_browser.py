@@ -6,27 +6,14 @@ Set REPORT_SHOTS to a folder to keep the screenshots.
 import json
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, chromium
 
 from policypatch.report.run_report import write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
@@ -56,12 +43,6 @@ onload = () => {
   });
 };
 </script></body>"""
-
-
-def _chromium(folder: Path, *arguments: str, dark: bool = False) -> str:
-    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
-    command = [str(CHROMIUM), *FLAGS, scheme, f"--user-data-dir={folder / 'profile'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 @pytest.fixture(params=["usual", "awkward", "whole"])
@@ -102,7 +83,7 @@ def test_nothing_sticks_out_and_nothing_is_cut(run_dir: Path, tmp_path: Path, wi
         "--virtual-time-budget=5000",
         "--dump-dom",
     ]
-    dom = _chromium(tmp_path, *probe, (run_dir / "probe.html").as_uri(), dark=dark)
+    dom = chromium(tmp_path, *probe, (run_dir / "probe.html").as_uri(), dark=dark)
     found = re.search(r'<pre id="out">(.*?)</pre>', dom, re.DOTALL)
     assert found and found[1], "the probe did not run"
     measured = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
@@ -122,5 +103,5 @@ def test_screenshot(
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / (re.sub(r"\W+", "-", request.node.name) + ".png")
     size = f"--window-size={width},{height}"
-    _chromium(tmp_path, size, f"--screenshot={picture}", (run_dir / "report.html").as_uri(), dark=dark)
+    chromium(tmp_path, size, f"--screenshot={picture}", (run_dir / "report.html").as_uri(), dark=dark)
     assert picture.stat().st_size > 50_000  # a blank page of this size is a tenth of it

@@ -1,0 +1,215 @@
+"""The figures of a comparison: which of them suit follows from what the runs differ in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+
+from policypatch.report.compare import Column, Comparison, Line, heading, label
+from policypatch.report.drawing import INK, LINE, MUTED, ArmStyle, Panel, arm_styles, as_svg, new_axes
+from policypatch.report.metrics import is_risk
+from policypatch.report.scorecard import COST
+from policypatch.report.wording import is_number
+
+BARS = 12  # more would be lines of text that cannot be read
+FLUENCY = ("ppl_median", "over_refusal", "benign_refusal", "text_ppl")  # what safety is bought with, the first there is
+
+
+def panels(found: Comparison) -> list[Panel]:
+    """Every figure that suits: a metric against a number, bars for a choice, the frontier, sizes and times."""
+    base = next((line for line in found.lines if line.name == "base"), None)
+    lines = [line for line in found.over_seeds or found.lines if line.arm != "base"]
+    keys = [key for key in found.keys if key != "seed"]
+    shown = _figures_of(found, lines)
+    if len(lines) < 2 or not shown:
+        return []
+    numeric = [key for key in keys if _is_axis([line.values.get(key) for line in lines])]
+    drawn: list[Panel] = []
+    for key in numeric:
+        rest = [k for k in keys if k != key]
+        drawn += [_against(key, rest, column, lines, base) for column in shown]
+    if keys and not numeric and len(lines) <= BARS:
+        drawn += [_bars(column, lines, keys, base) for column in shown]
+    risk, cost = shown[0], next((c for name in FLUENCY for c in shown if c.metric == name), None)
+    if cost is not None and len(lines) > 2 and is_risk(risk.metric):
+        drawn.append(_scatter(cost, risk, lines, keys, base, "frontier: lower left is best"))
+    return drawn + _cost_panels(found, lines, keys, risk, base)
+
+
+def _cost_panels(
+    found: Comparison, lines: Sequence[Line], keys: Sequence[str], risk: Column, base: Line | None
+) -> list[Panel]:
+    """Risk against trainable parameters, and times to answer, where methods differ in them."""
+    sizes = next((c for c in found.columns if c.metric == "trainable_parameters"), None)
+    trained = [line for line in lines if sizes in line.cells and line.cells[sizes]["value"] > 0] if sizes else []
+    drawn = []
+    if sizes is not None and len({line.cells[sizes]["value"] for line in trained}) > 1:
+        drawn.append(_scatter(sizes, risk, trained, keys, base, "risk against size", log=True))
+    if len({line.arm for line in lines}) > 1:
+        times = [c for c in found.columns if c.risk == COST and "_ratio" in c.metric]
+        drawn += [
+            _bars(column, [line for line in lines if column in line.cells], keys, None, 1.0)
+            for column in times
+            if any(column in line.cells for line in lines)
+        ]
+    return drawn
+
+
+def _figures_of(found: Comparison, lines: Sequence[Line]) -> list[Column]:
+    """The first own risk's headline by one judge, the same by others, and what it is bought with."""
+    present = [c for c in found.columns if c.risk != COST and sum(c in line.cells for line in lines) > 1]
+    if not present:
+        return []
+    first = present[0]
+    risk = [c for c in present if (c.risk, c.split, c.metric) == (first.risk, first.split, first.metric)][:2]
+    bought = [c for name in FLUENCY for c in present if c.metric == name and c.risk in (first.risk, "utility")]
+    distinct = {c.metric: c for c in reversed(bought)}
+    return [*risk, *(distinct[name] for name in FLUENCY if name in distinct)][:4]
+
+
+def _is_axis(values: Sequence[Any]) -> bool:
+    return all(is_number(value) for value in values) and len(set(values)) > 2
+
+
+def _against(key: str, rest: Sequence[str], column: Column, lines: Sequence[Line], base: Line | None) -> Panel:
+    """A metric against a numeric setting, a curve for each choice of the other settings."""
+    figure, axes = new_axes()
+    curves: dict[str, list[Line]] = {}
+    for line in lines:
+        if column in line.cells:
+            curves.setdefault(label(line, rest) if rest else line.arm, []).append(line)
+    styles = list(arm_styles([line.arm for line in lines]).values()) if len(curves) == 1 else _styles(curves)
+    told = []
+    for style, (name, members) in zip(styles, curves.items(), strict=False):
+        members = sorted(members, key=lambda line: line.values[key])
+        xs = [line.values[key] for line in members]
+        _curve(axes, xs, [line.cells[column] for line in members], style, name)
+        told.append(f"{name} " + ", ".join(f"{x.values[key]}: {x.cells[column]['value']:.3g}" for x in members))
+    _base_line(axes, column, base)
+    xs = sorted({line.values[key] for line in lines})
+    if min(xs) > 0 and max(xs) / min(xs) > 8:
+        axes.set_xscale("log")
+    axes.set_xticks(xs, [f"{x:g}" for x in xs])
+    axes.minorticks_off()
+    axes.set_xlabel(key, color=MUTED)
+    _from_zero(axes, column)
+    if len(curves) > 1:
+        axes.legend(fontsize=9, frameon=False)
+    return _panel(figure, column, f"by {key}: " + "; ".join(told), styles)
+
+
+def _bars(
+    column: Column, lines: Sequence[Line], keys: Sequence[str], base: Line | None, at: float | None = None
+) -> Panel:
+    """A bar for each line, in the colour of its arm."""
+    figure, axes = new_axes()
+    lines = [line for line in lines if column in line.cells]
+    styles = arm_styles([line.arm for line in lines])
+    names = [label(line, keys) for line in lines]
+    for place, line in enumerate(lines):
+        row = line.cells[column]
+        axes.barh(place, row["value"], color=styles[line.arm].colour, alpha=0.85, height=0.62)
+        if is_number(row.get("low")) and is_number(row.get("high")):
+            axes.plot([row["low"], row["high"]], [place, place], color=INK, lw=1.2)
+    axes.set_yticks(range(len(lines)), [_wrapped(name) for name in names], fontsize=9)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=LINE, lw=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    if base is not None and column in base.cells:
+        axes.axvline(base.cells[column]["value"], color=MUTED, lw=1, ls=(0, (2, 2)))
+        axes.set_xlabel("dashed: base", color=MUTED)
+    if at is not None:
+        axes.axvline(at, color=MUTED, lw=1, ls=(0, (2, 2)))
+        axes.set_xlabel("dashed: base", color=MUTED)
+    told = ", ".join(f"{name} {line.cells[column]['value']:.3g}" for name, line in zip(names, lines, strict=True))
+    return _panel(figure, column, told, list(styles.values()))
+
+
+def _scatter(
+    x: Column,
+    y: Column,
+    lines: Sequence[Line],
+    keys: Sequence[str],
+    base: Line | None,
+    title: str,
+    log: bool = False,
+) -> Panel:
+    """One figure against another, a numbered point for each line."""
+    figure, axes = new_axes()
+    lines = [line for line in lines if x in line.cells and y in line.cells]
+    styles = arm_styles([line.arm for line in lines])
+    told = []
+    for number, line in enumerate(lines, 1):
+        style, at = styles[line.arm], (line.cells[x]["value"], line.cells[y]["value"])
+        for axis, row in (("x", line.cells[x]), ("y", line.cells[y])):
+            if is_number(row.get("low")) and is_number(row.get("high")) and not (log and axis == "x"):
+                ends = [row["low"], row["high"]]
+                across = (ends, [at[1]] * 2) if axis == "x" else ([at[0]] * 2, ends)
+                axes.plot(*across, color=style.colour, lw=0.8, alpha=0.4)
+        axes.plot(*at, "o", color=style.colour, ms=5)
+        axes.annotate(str(number), at, xytext=(4, 4), textcoords="offset points", fontsize=9, color=INK)
+        told.append(f"{number} {label(line, keys)}")
+    if base is not None and x in base.cells and y in base.cells and not log:
+        axes.plot(base.cells[x]["value"], base.cells[y]["value"], "x", color=INK, ms=6)
+        told.append("× base")
+    if log:
+        axes.set_xscale("log")
+        sizes = [line.cells[x]["value"] for line in lines]
+        axes.set_xlim(10 ** math.floor(math.log10(min(sizes))), 10 ** math.ceil(math.log10(max(sizes) * 1.01)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        _base_line(axes, y, base)
+    axes.grid(axis="x", color=LINE, lw=0.8)
+    axes.set_xlabel(" ".join(filter(None, heading(x))), color=MUTED)
+    axes.set_ylabel(heading(y)[0], color=MUTED)
+    _from_zero(axes, y)
+    return Panel(title, as_svg(figure, f"{title}: {'; '.join(told)}", list(styles.values())), "; ".join(told))
+
+
+def _curve(axes: Axes, xs: Sequence[float], rows: Sequence[Any], style: ArmStyle, name: str) -> None:
+    """Points joined by a line, each with its interval."""
+    axes.plot(xs, [row["value"] for row in rows], "-o", color=style.colour, lw=1.6, ms=4, label=name)
+    for x, row in zip(xs, rows, strict=True):
+        if is_number(row.get("low")) and is_number(row.get("high")):
+            axes.plot([x, x], [row["low"], row["high"]], color=style.colour, lw=1, alpha=0.6)
+
+
+def _base_line(axes: Axes, column: Column, base: Line | None) -> None:
+    if base is not None and column in base.cells:
+        axes.axhline(base.cells[column]["value"], color=MUTED, lw=1, ls=(0, (2, 2)), zorder=1)
+
+
+def _from_zero(axes: Axes, column: Column) -> None:
+    """Rates start at 0; a perplexity has no such floor."""
+    if not column.metric.startswith(("ppl", "text_ppl")):
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    if isinstance(axes.yaxis.get_major_formatter(), ScalarFormatter):
+        axes.ticklabel_format(axis="y", style="plain")
+
+
+def _styles(names: Iterable[str]) -> list[ArmStyle]:
+    """Colours for what is no arm: the patch's first, then those of other arms."""
+    found = list(arm_styles(["patch", "other 1", "other 2", "other 3", "teacher", "sft"]).values())
+    return [found[i % len(found)] for i, _ in enumerate(names)]
+
+
+def _panel(figure: Any, column: Column, told: str, styles: Sequence[ArmStyle]) -> Panel:
+    name, by = heading(column)
+    title = f"{name} ({by})" if by else name
+    return Panel(title, as_svg(figure, f"{title}, {told}", list(dict.fromkeys(styles))))
+
+
+def _wrapped(name: str, width: int = 22) -> str:
+    """A bar's name in lines that leave room for the bar."""
+    out = [""]
+    for word in name.split(" "):
+        if out[-1] and len(out[-1]) + len(word) >= width:
+            out.append("")
+        out[-1] = f"{out[-1]} {word}".strip()
+    return "\n".join(out[:3])

@@ -1,0 +1,134 @@
+"""Runs as they are found in folders: their settings, their scorecards, and what those that failed failed of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from policypatch.errors import PolicyPatchError
+from policypatch.files.atomic import read_json
+
+FAILED = "failed.json"
+"""In the folder of a run that failed: `error`, `message` and, where nobody foresaw it, `traceback`."""
+NOT_SETTINGS = ("name", "logger")  # top-level keys that change nothing in a run
+UNFINISHED = "did not finish: start it again with the same command, and it goes on where it stopped"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run.
+
+    Attributes:
+        folder: where it is.
+        settings: its config as flat keys, without `NOT_SETTINGS`.
+        rows: of its scorecard; none where it did not finish.
+        run: its `run.json`.
+        error: why it has no scorecard; None where it has one.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    run: Mapping[str, Any]
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has a scorecard to compare."""
+        return self.error is None
+
+
+def find_records(folders: Sequence[Path]) -> list[Record]:
+    """The runs at or below these folders, in the order of their paths.
+
+    Raises:
+        PolicyPatchError: a folder that does not exist or holds no run, or a file that cannot be read.
+    """
+    found: dict[Path, Record] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise PolicyPatchError(f"{folder} does not exist: give the folder of a sweep or of runs")
+        here = {run.resolve(): read_record(run) for run in sorted(_run_folders(folder))}
+        if not here:
+            raise PolicyPatchError(
+                f"{folder} holds no run: give the folder of a sweep or of runs, such as outputs/demo"
+            )
+        found |= here
+    return list(found.values())
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    if any((folder / name).is_file() for name in ("config.yaml", FAILED)):
+        yield folder
+        return
+    for below in sorted(folder.iterdir()):
+        if below.is_dir() and not below.name.startswith("."):  # .hydra has a config.yaml, too
+            yield from _run_folders(below)
+
+
+def read_record(folder: Path) -> Record:
+    """One run's folder."""
+    settings = settings_of(folder)
+    if (folder / FAILED).is_file():
+        note = read_json(folder / FAILED)
+        return Record(folder, settings, [], {}, str(note.get("message") or note.get("error")))
+    if not ((folder / "scorecard.json").is_file() and (folder / "run.json").is_file()):
+        return Record(folder, settings, [], {}, UNFINISHED)
+    return Record(folder, settings, read_json(folder / "scorecard.json"), read_json(folder / "run.json"))
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The run's config as flat keys; of a run that was refused, what Hydra composed."""
+    path = next((p for p in (folder / "config.yaml", folder / ".hydra" / "config.yaml") if p.is_file()), None)
+    if path is None:
+        raise PolicyPatchError(f"{folder / 'config.yaml'} does not exist: give the folder of a finished run")
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PolicyPatchError(f"{path} is not valid YAML: {error}") from error
+    flat = dict(_flat(content))
+    unused = NOT_SETTINGS if flat.get("method.name") == "lora" else (*NOT_SETTINGS, "lora")
+    return {key: value for key, value in flat.items() if key.partition(".")[0] not in unused}
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, dict):
+        yield prefix[:-1], node
+        return
+    for key, value in node.items():
+        yield from _flat(value, f"{prefix}{key}.")
+
+
+def differing(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys that tell the runs apart, as few as do.
+
+    An option of a group changes a dozen keys at once. Of keys that part the runs in the same way the one that a reader
+    would name stands for all (`method.name`, not `method._target_`), and one that follows from another (the learning
+    rate from the method) is left out.
+    """
+    parted: dict[tuple[int, ...], str] = {}
+    for key in sorted({key for own in all_settings for key in own}, key=lambda key: (_rank(key), key.count("."), key)):
+        values = [str(own.get(key)) for own in all_settings]
+        parted.setdefault(tuple(values.index(value) for value in values), key)
+    kept: dict[tuple[int, ...], str] = {}
+    for parts, key in sorted(parted.items(), key=lambda item: -len(set(item[0]))):
+        if len(set(parts)) > 1 and not any(_follows(parts, known) for known in kept):
+            kept[parts] = key
+    return sorted(kept.values())
+
+
+def _follows(parts: Sequence[int], known: Sequence[int]) -> bool:
+    """Whether runs that agree in `known` always agree in `parts`."""
+    return len(set(zip(known, parts, strict=True))) == len(set(known))
+
+
+def _rank(key: str) -> int:
+    """Names and what the command line usually says come first, classes and copies of other keys last."""
+    if key.startswith(("method.", "init.")):
+        return {"name": 0, "kind": 0}.get(key.partition(".")[2], 3)
+    last = key.rpartition(".")[2]
+    return {"seed": 0 if key == "seed" else 3, "name": 1, "enabled": 1, "_target_": 4}.get(last, 2)

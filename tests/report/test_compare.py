@@ -1,0 +1,224 @@
+"""Runs side by side: what they differ in, what is shown of them, seeds as one, and those that failed."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from policypatch.errors import PolicyPatchError
+from policypatch.report.compare import Column, compare, comparison, markdown, short, tidy
+from policypatch.report.compare_figures import panels
+from policypatch.report.records import FAILED, UNFINISHED, differing, find_records
+
+TOXIC = Column("toxicity", "rtp", "toxic_rate", "svm")
+
+
+def row(arm: str, metric: str, value: float, judge: str | None = "svm", **more) -> dict:
+    known = {"arm": arm, "risk": "toxicity", "split": "rtp", "judge": judge, "metric": metric, "value": value}
+    return known | {"low": value - 0.1, "high": value + 0.1, "n": 100, "filter": judge == "bilstm"} | more
+
+
+def write(folder: Path, settings: dict, value: float, arm: str = "patch", ppl: float = 50.0, size: int = 28800) -> Path:
+    """A finished run whose toxic rate and perplexity are these."""
+    folder.mkdir(parents=True)
+    nested: dict = {"name": "sweep", "model": {"name": "tiny"}, "seed": 0, "logger": {"kind": folder.name}}
+    for key, setting in settings.items():
+        node = nested
+        *path, last = key.split(".")
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = setting
+    rows = [
+        row("base", "toxic_rate", 0.4),
+        row("base", "toxic_rate", 0.5, "bilstm"),
+        row("base", "ppl_median", 48.0, "g"),
+    ]
+    if arm != "base":
+        better = {"delta": value - 0.4, "delta_low": value - 0.5, "delta_high": value - 0.3, "p_value": 0.001}
+        rows += [row(arm, "toxic_rate", value, **better), row(arm, "toxic_rate", value, "bilstm")]
+        rows += [row(arm, "ppl_median", ppl, "g")]
+        cost = {"risk": "cost", "split": "training", "low": size, "high": size, "n": 1}
+        rows += [row(arm, "trainable_parameters", size, None, **cost)]
+        time = {"risk": "cost", "split": "32x1", "low": 1.0, "high": 1.1, "n": 3}
+        rows += [row(arm, "per_token_ratio", 1.05, None, **time)]
+    (folder / "config.yaml").write_text(yaml.safe_dump(nested))
+    (folder / "scorecard.json").write_text(json.dumps(rows))
+    (folder / "run.json").write_text(
+        json.dumps({"command": f"python run.py {folder.name}", "versions": {"torch": "2"}})
+    )
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three lengths under two seeds: toxic rate 0.3, 0.2, 0.1 under seed 0, 0.02 more under seed 1."""
+    for length, value in ((1, 0.3), (10, 0.2), (50, 0.1)):
+        for seed in (0, 1):
+            name = f"patch.length={length},seed={seed}"
+            write(tmp_path / "sweep" / name, {"patch.length": length, "seed": seed}, value + 0.02 * seed)
+    return tmp_path / "sweep"
+
+
+def test_keys_are_what_runs_differ_in(sweep: Path):
+    found = comparison(find_records([sweep]))
+    assert found.keys == ["patch.length", "seed"]
+    assert found.lines[0].name == "base" and len(found.lines) == 7
+    assert found.lines[0].cells[TOXIC]["value"] == 0.4
+
+
+def test_keys_that_change_together_are_named_once_and_by_name():
+    patch = {"method.name": "patch", "method._target_": "P", "method.length": 50, "sft.lr": 0.01, "seed": 0}
+    lora = {"method.name": "lora", "method._target_": "L", "method.r": 4, "lora.r": 4, "sft.lr": 0.001, "seed": 0}
+    assert differing([patch, lora]) == ["method.name"]
+    assert differing([patch, {**patch, "risk.train.seed": 1, "seed": 1}]) == ["seed"]
+    assert differing([patch, patch]) == []
+    # Another rank is told beside the method, and the learning rate follows from that.
+    assert differing([patch, lora, {**lora, "method.r": 1, "lora.r": 1}]) == ["lora.r"]
+    sft, dpo = (
+        {"sft.enabled": s, "dpo.enabled": not s, "dpo.reference": "sft" if s else "base"} for s in (True, False)
+    )
+    assert differing([sft, dpo, {**sft, "dpo.enabled": True}]) == ["dpo.enabled", "sft.enabled"]
+
+
+def test_seeds_are_taken_together_as_mean_lowest_and_highest(sweep: Path):
+    found = comparison(find_records([sweep]))
+    assert [line.values["patch.length"] for line in found.over_seeds] == [1, 10, 50]
+    cell = found.over_seeds[1].cells[TOXIC]
+    assert (cell["value"], cell["low"], cell["high"]) == pytest.approx((0.21, 0.2, 0.22))
+    assert found.over_seeds[1].name == "2 seeds"
+
+
+def test_without_another_seed_there_is_nothing_to_take_together(tmp_path: Path):
+    write(tmp_path / "a", {"patch.length": 1}, 0.3)
+    write(tmp_path / "b", {"patch.length": 2}, 0.2)
+    assert comparison(find_records([tmp_path])).over_seeds == []
+
+
+def test_the_csv_has_every_figure_of_every_arm(sweep: Path):
+    rows = list(csv.DictReader(io.StringIO(tidy(comparison(find_records([sweep]))))))
+    assert len(rows) == 6 * 8
+    (ours,) = [
+        r
+        for r in rows
+        if (r["patch.length"], r["seed"], r["arm"], r["metric"], r["judge"])
+        == ("50", "1", "patch", "toxic_rate", "svm")
+    ]
+    assert float(ours["value"]) == pytest.approx(0.12) and float(ours["p_value"]) == 0.001
+    assert [r["filter"] for r in rows if r["judge"] == "bilstm"] == ["True"] * 12
+
+
+def test_markdown_has_intervals_and_both_tables(sweep: Path):
+    text = markdown(comparison(find_records([sweep])))
+    assert "| 2 seeds | patch | 10 | 0.21 [0.20, 0.22] |" in text
+    assert "| base | base | – | – | 0.40 [0.30, 0.50] |" in text
+    assert "28,800" in text
+
+
+def test_failed_and_unfinished_runs_are_listed(sweep: Path, tmp_path: Path):
+    broken = sweep / "patch.length=500,seed=0"
+    (broken / ".hydra").mkdir(parents=True)
+    (broken / ".hydra" / "config.yaml").write_text(yaml.safe_dump({"patch": {"length": 500}, "seed": 0}))
+    (broken / FAILED).write_text(json.dumps({"error": "PolicyPatchError", "message": "patch.length is 500: too long"}))
+    cut = write(sweep / "patch.length=50,seed=2", {"patch.length": 50, "seed": 2}, 0.1)
+    (cut / "run.json").unlink()
+    found = compare([sweep], tmp_path / "out")
+    assert [record.error for record in found.failed] == [UNFINISHED, "patch.length is 500: too long"]
+    assert found.summary().splitlines()[:2] == ["6 of 8 runs finished", "cache, all runs: pairs 0 made 6 found"]
+    assert "patch.length is 500: too long" in (tmp_path / "out" / "compare.html").read_text()
+    assert "patch.length is 500: too long" in (tmp_path / "out" / "compare.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "out" / "compare.csv").open()))
+    assert [r["run"] for r in rows if r["error"]] == [cut.name, broken.name]
+
+
+def test_a_run_counts_once_however_often_its_folder_is_given(sweep: Path):
+    run = next(iter(sorted(sweep.iterdir())))
+    assert len(find_records([sweep, run])) == 6
+
+
+@pytest.mark.parametrize("make", ["nothing", "empty"])
+def test_a_folder_without_runs_is_refused(make: str, tmp_path: Path):
+    folder = tmp_path / make
+    if make == "empty":
+        folder.mkdir()
+    with pytest.raises(PolicyPatchError, match=make):
+        compare([folder], tmp_path)
+
+
+# --- which figures suit -----------------------------------------------------------------------------------------------
+
+
+def titles(folder: Path) -> list[str]:
+    return [panel.title for panel in panels(comparison(find_records([folder])))]
+
+
+def test_a_number_is_an_axis(sweep: Path):
+    drawn = panels(comparison(find_records([sweep])))
+    assert [panel.title for panel in drawn] == [
+        "toxic rate (rtp, svm)",
+        "toxic rate (rtp, bilstm)",
+        "median PPL (rtp, g)",
+        "frontier: lower left is best",
+    ]
+    assert "by patch.length: patch 1: 0.31, 10: 0.21, 50: 0.11" in drawn[0].svg
+
+
+def test_methods_are_bars_sizes_and_times(tmp_path: Path):
+    for name, arm, value, size in (
+        ("none", "base", 0.4, 0),
+        ("patch", "patch", 0.2, 28800),
+        ("lora", "lora", 0.1, 300_000),
+    ):
+        write(tmp_path / name, {"method.name": name}, value, arm, size=size)
+    assert titles(tmp_path) == [
+        "toxic rate (rtp, svm)",
+        "toxic rate (rtp, bilstm)",
+        "median PPL (rtp, g)",
+        "risk against size",
+        "time for each further token (32x1)",
+    ]
+
+
+def test_one_run_has_a_table_and_no_figures(tmp_path: Path):
+    write(tmp_path / "only", {}, 0.2)
+    assert titles(tmp_path) == []
+    found = compare([tmp_path / "only"], tmp_path)
+    assert found.keys == [] and len(found.lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("patch.length", "length"),
+        ("dpo.beta", "beta"),
+        ("method.name", "method"),
+        ("sft.enabled", "sft"),
+        ("seed", "seed"),
+    ],
+)
+def test_a_key_is_called_by_the_part_that_tells(key: str, name: str):
+    assert short(key) == name
+
+
+def test_a_real_runs_folder_compares_with_itself(build_run: Callable[..., Path], tmp_path: Path):
+    run = build_run()
+    found = compare([run], tmp_path / "out")
+    assert found.lines[-1].arm == "patch"
+    assert "<table" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_the_page_links_to_each_runs_report(sweep: Path):
+    for run in sweep.iterdir():
+        (run / "report.html").write_text("x")
+    compare([sweep], sweep)
+    text = (sweep / "compare.html").read_text()
+    assert text.count('<a href="patch.length%3D') == 6 and "patch.length%3D10%2Cseed%3D1/report.html" in text
+
+
+def test_settings_are_in_order_and_numbers_are_no_truth_values(sweep: Path):
+    found = comparison(find_records([sweep]))
+    assert [line.values["patch.length"] for line in found.lines[1:]] == [1, 1, 10, 10, 50, 50]
+    assert "| patch | 1 | 1 |" in markdown(found)
