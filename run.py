@@ -27,7 +27,7 @@ def main(cfg: DictConfig) -> None:
     if hydra_cfg.mode == RunMode.MULTIRUN:
         from policypatch.sweep import job
 
-        return job(*about)
+        return job(*about, hydra_cfg.launcher.get("n_jobs", 1))
     from policypatch.pipeline import run
 
     try:

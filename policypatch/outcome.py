@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -73,6 +74,7 @@ def record(
         "started": started.isoformat(timespec="seconds"),
         "command": shlex.join(["python", "run.py", *arguments]),
         "seconds": seconds,
+        "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in PACKAGES},
         "pairs": {} if pair_set is None else pair_set.counts,
         "cache": counters(),

@@ -73,39 +73,33 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
     _refuse_foreign_folder(folder, resolved)
     (folder / FAILED).unlink(missing_ok=True)  # an earlier attempt's
     L.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.trainer.threads is not None:
+        torch.set_num_threads(cfg.trainer.threads)
     clock = Clock()
     tracker = open_tracker(cfg.logger, folder, cfg.name, overrides, resolved)
     status = 1
     try:
         with clock("load"):
             ready = prepare(cfg)
-            base, risk = ready.base, ready.risk
             write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
         arms, pair_set, training = [Arm("base")], None, None
         if isinstance(ready.method, Trained):
-            with peak_memory(base.model.device) as peak:
+            with peak_memory(ready.base.model.device) as peak:
                 pair_set = _trained_arms(cfg, ready, ready.method, arms, clock, tracker, folder)
             seconds = clock.seconds.get("sft", 0.0) + clock.seconds.get("dpo", 0.0)
             training = Training(seconds, cfg.trainer.devices, peak.bytes)
         elif isinstance(ready.method, Untrained) and (arm := ready.method.arm(ready.teacher)) is not None:
             arms.append(arm)
-        with clock("evaluate"):
-            bench = Bench(
-                base, ready.scorer, cfg.scorer.name, _plan(cfg), Settings(cfg.evaluate.level, cfg.evaluate.resamples)
-            )
-            filters = ready.teacher.filter_judges
-            scorecard = evaluate_arms(bench, ready.own, ready.others, filters, _measured(cfg, arms), folder)
-        if len(arms) > 1:
-            with clock("costs"):
-                scorecard += size_rows(arms[-1], base, training)
-                scorecard += latency_rows(arms[-1], base, _loads(cfg), cfg.evaluate.costs.repeats)
-                scorecard.save(folder / "scorecard.json")
-        if pair_set is not None:
-            with clock("package"):
-                package(cfg, base, arms[-1], risk.name, pair_set, scorecard, resolved, started, folder)
-        write_json(folder / "run.json", record(started, clock.seconds, pair_set, arguments))
-        write_report(folder)
-        tracker.finish_run(scorecard, folder)
+        with tracker.job("eval") as job:
+            scorecard = _measured(cfg, ready, arms, training, clock, folder)
+            if pair_set is not None:
+                job.reads(folder / "pairs.jsonl", pair_set.counts)
+                with clock("package"):
+                    made = (ready.risk.name, pair_set, scorecard, resolved, started)
+                    package(cfg, ready.base, arms[-1], *made, folder)
+            write_json(folder / "run.json", record(started, clock.seconds, pair_set, arguments))
+            write_report(folder)
+            job.finds(scorecard, folder)
         status = 0
     finally:
         tracker.close(status)
@@ -128,7 +122,9 @@ def _trained_arms(
         with clock("sft"):
             data = _data(cfg, cfg.sft, examples, backbone, 1)
             sft = SFTModule(backbone, optimisation(cfg.sft), _weights(cfg))
-            run_stage(sft, data, cfg.sft, cfg.trainer, folder, tracker.loggers(sft.stage))
+            with tracker.job("sft") as job:
+                job.reads(folder / "pairs.jsonl", pair_set.counts)
+                run_stage(sft, data, cfg.sft, cfg.trainer, folder, job.loggers())
             arms.append(method.arm("sft"))
     if cfg.dpo.enabled:
         with clock("dpo"):
@@ -136,7 +132,9 @@ def _trained_arms(
             data = _data(cfg, cfg.dpo, examples, backbone, 2, reference)
             preference = PreferenceSettings(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.label_smoothing)
             dpo = DPOModule(backbone, optimisation(cfg.dpo), preference, _weights(cfg))
-            run_stage(dpo, data, cfg.dpo, cfg.trainer, folder, tracker.loggers(dpo.stage))
+            with tracker.job("dpo") as job:
+                job.reads(folder / "pairs.jsonl", pair_set.counts)
+                run_stage(dpo, data, cfg.dpo, cfg.trainer, folder, job.loggers())
             arms.append(method.arm(method.name))
     return pair_set
 
@@ -284,9 +282,21 @@ def _reference(
     return reference
 
 
-def _measured(cfg: DictConfig, arms: list[Arm]) -> list[Arm]:
-    """The arms that are measured: the first and the last, and the one between the stages where that is asked for."""
-    return arms if cfg.evaluate.after_sft else [arms[0], *arms[1:][-1:]]
+def _measured(
+    cfg: DictConfig, ready: Prepared, arms: list[Arm], training: Training | None, clock: Clock, folder: Path
+) -> Scorecard:
+    """Ask the first arm, the last one, and that between the stages if that is asked for; then what the last costs."""
+    settings = Settings(cfg.evaluate.level, cfg.evaluate.resamples)
+    bench = Bench(ready.base, ready.scorer, cfg.scorer.name, _plan(cfg), settings)
+    asked = arms if cfg.evaluate.after_sft else [arms[0], *arms[1:][-1:]]
+    with clock("evaluate"):
+        scorecard = evaluate_arms(bench, ready.own, ready.others, ready.teacher.filter_judges, asked, folder)
+    if len(arms) > 1:
+        with clock("costs"):
+            scorecard += size_rows(arms[-1], ready.base, training)
+            scorecard += latency_rows(arms[-1], ready.base, _loads(cfg), cfg.evaluate.costs.repeats)
+            scorecard.save(folder / "scorecard.json")
+    return scorecard
 
 
 def _loads(cfg: DictConfig) -> list[Load]:

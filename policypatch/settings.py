@@ -47,6 +47,7 @@ NUMBERS: dict[str, Number] = {
     "row_tokens": Number(least=16, whole=True),
     # Lightning would start the command line again for every further device, a sweep included.
     "trainer.devices": Number(least=1, most=1, whole=True),
+    "trainer.threads": Number(least=1, whole=True, null=True),
     "trainer.checkpoint_every": Number(least=1, whole=True),
     "trainer.validate_every": Number(least=1, whole=True),
 } | {

@@ -19,14 +19,23 @@ from policypatch.report.records import FAILED
 log = logging.getLogger(__name__)
 
 
-def job(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> None:
+def job(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str], at_once: int = 1) -> None:
     """One job of a sweep: as `policypatch.pipeline.run`, but what goes wrong is written down and ends this job alone.
 
     Hydra would go on as well, but forget to finish the sweep: it raises the first failure at its end.
+
+    Args:
+        cfg, folder, overrides, arguments: see there.
+        at_once: jobs that the launcher runs at the same time on this machine, which share its cores.
     """
+    import torch
+
     from policypatch.pipeline import run
 
     try:
+        if at_once != 1 and cfg.trainer.threads is None:
+            cores = torch.get_num_threads()
+            torch.set_num_threads(max(1, cores // (at_once if at_once > 0 else cores)))
         run(cfg, folder, overrides, arguments)
     except Exception as error:
         known = isinstance(

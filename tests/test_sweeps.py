@@ -101,3 +101,19 @@ def test_a_job_that_fails_does_not_end_the_sweep_and_is_seen(cli, tmp_path: Path
     assert (folder / "patch.length=2" / "report.html").is_file()
     assert "failed: patch.length=500: patch.length is 500" in done.stdout and "Traceback" not in done.stderr
     assert "patch.length is 500" in (folder / "compare.html").read_text()
+
+
+@pytest.mark.slow
+def test_joblib_runs_jobs_at_once_and_shares_the_cores_among_them(cli, tmp_path: Path):
+    """Two at once: each computes with half of the threads, one of the two makes the pairs, and one may fail."""
+    import torch
+
+    done = cli(
+        "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", sweep=True, **{"patch.length": "2,3,500", "name": "at_once"}
+    )
+    assert done.returncode == 1 and "2 of 3 runs finished" in done.stdout, done.stdout + done.stderr
+    folders = [tmp_path / "outputs" / "at_once" / f"patch.length={length}" for length in (2, 3)]
+    records = [json.loads((folder / "run.json").read_text()) for folder in folders]
+    assert [record["threads"] for record in records] == [max(1, torch.get_num_threads() // 2)] * 2
+    assert sorted(record["cache"]["pairs"]["misses"] for record in records) == [0, 1]
+    assert (folders[0].parent / "compare.html").is_file()

@@ -10,6 +10,7 @@ import wandb
 from tiny_run import composed, overrides
 from wandb.proto import wandb_internal_pb2
 
+from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_jsonl, write_jsonl
 from policypatch.pipeline import run
 
@@ -22,13 +23,13 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb"))
 
 
-def records(folder: Path) -> list[wandb_internal_pb2.Record]:
-    """Everything in the folder's one .wandb file.
+def records(folder: Path, job: str) -> list[wandb_internal_pb2.Record]:
+    """Everything in the .wandb file of one of the folder's jobs.
 
     The file is a LevelDB log behind 7 bytes of its own: blocks of 32 KiB of pieces, each with a header of checksum (4),
     length (2) and kind (1: whole record, 2 to 4: its first, middle and last part).
     """
-    (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    (path,) = (folder / "wandb").glob(f"offline-run-*/*-{job}.wandb")
     data, at, parts, found = path.read_bytes(), 7, b"", []
     assert data[:4] == b":W&B"
     while at + 7 <= len(data):
@@ -44,10 +45,10 @@ def records(folder: Path) -> list[wandb_internal_pb2.Record]:
     return found
 
 
-def records_to_the_end(folder: Path) -> list[wandb_internal_pb2.Record]:
+def records_to_the_end(folder: Path, job: str) -> list[wandb_internal_pb2.Record]:
     """`records` once the last of them is there: wandb's service may write it after `finish` has returned."""
     deadline = time.monotonic() + 30
-    while not of_kind(found := records(folder), "exit") and time.monotonic() < deadline:
+    while not of_kind(found := records(folder, job), "exit") and time.monotonic() < deadline:
         time.sleep(0.05)
     return found
 
@@ -65,22 +66,30 @@ def test_a_run_leaves_an_offline_record(tiny_base_folder, tmp_path: Path):
     arguments = overrides(tiny_base_folder, tmp_path, logger="wandb", name="sweep-7", **{"logger.project": "tests"})
     card = run(composed(arguments), tmp_path / "run", "patch.length=3", arguments)
     assert wandb.run is None
-    found = records_to_the_end(tmp_path / "run")
+    jobs = {job: records_to_the_end(tmp_path / "run", job) for job in ("sft", "dpo", "eval")}
+    own = (tmp_path / "run" / "wandb_id").read_text().strip()
+    for job, found in jobs.items():
+        (start,) = of_kind(found, "run")[:1]
+        assert (start.run_id, start.job_type) == (f"{own}-{job}", job)
+        assert (start.run_group, start.display_name, start.project) == ("sweep-7", "patch.length=3", "tests")
+        assert list(start.tags) == ["toxicity", "tiny", "patch"]
+        config = {item.key: json.loads(item.value_json) for item in start.config.update}
+        assert config["patch"]["length"] == 3 and config["model"]["name"] == "tiny"
+        (end,) = of_kind(found, "exit")
+        assert end.exit_code == 0
+        # The pairs are an input of every stage, and the same version of one artifact: its digest is its content's.
+        (pairs,) = [a for a in of_kind(found, "artifact") if a.type == "preference-pairs"]
+        assert pairs.use_after_commit and pairs.name == "pairs-toxicity"
+        assert [content.path for content in pairs.manifest.contents] == ["pairs.jsonl"]
 
-    (start,) = of_kind(found, "run")[:1]
-    assert start.run_id == (tmp_path / "run" / "wandb_id").read_text().strip()
-    assert (start.run_group, start.display_name, start.project) == ("sweep-7", "patch.length=3", "tests")
-    config = {item.key: json.loads(item.value_json) for item in start.config.update}
-    assert config["patch"]["length"] == 3
-    assert config["model"]["name"] == "tiny"
-
-    history = [values(record.item) for record in of_kind(found, "history")]
     for stage, steps in (("sft", 4), ("dpo", 5)):
+        history = [values(record.item) for record in of_kind(jobs[stage], "history")]
         rows = [row for row in history if f"{stage}/train/loss" in row]
         assert [row[f"{stage}/step"] for row in rows] == list(range(steps))
         assert any(f"{stage}/val/loss" in row for row in history)
-    axes = {metric.name or metric.glob_name: metric.step_metric for metric in of_kind(found, "metric")}
-    assert axes["dpo/*"] == "dpo/step"
+        axes = {metric.name or metric.glob_name: metric.step_metric for metric in of_kind(jobs[stage], "metric")}
+        assert axes[f"{stage}/*"] == f"{stage}/step"
+    found = jobs["eval"]
 
     summary: dict[str, object] = {}
     for record in of_kind(found, "summary"):
@@ -103,8 +112,9 @@ def test_a_run_leaves_an_offline_record(tiny_base_folder, tmp_path: Path):
     (artifact,) = [a for a in of_kind(found, "artifact") if a.type == "patch"]
     files = {content.path for content in artifact.manifest.contents}
     assert files == {"patch.safetensors", "patch.json", "README.md"}
-    (end,) = of_kind(found, "exit")
-    assert end.exit_code == 0
+    assert set(artifact.aliases) == {"latest", "0.1.0", "seed-0"} and artifact.name == "patch-toxicity-tiny"
+    metadata = json.loads(artifact.metadata)
+    assert metadata["scorecard"][0]["metric"] == card[0].metric
 
 
 def test_a_failed_run_is_recorded_as_failed(tiny_base_folder, tmp_path: Path, monkeypatch):
@@ -118,10 +128,18 @@ def test_a_failed_run_is_recorded_as_failed(tiny_base_folder, tmp_path: Path, mo
     with pytest.raises(RuntimeError, match="went down"):
         run(composed(arguments), tmp_path / "run", "", arguments)
     assert wandb.run is None  # or the next job of a sweep would write into it
-    found = records_to_the_end(tmp_path / "run")
-    (end,) = of_kind(found, "exit")
+    codes = {job: of_kind(records_to_the_end(tmp_path / "run", job), "exit")[0].exit_code for job in ("sft", "dpo")}
+    assert codes == {"sft": 0, "dpo": 1}
+    assert not list((tmp_path / "run" / "wandb").glob("offline-run-*/*-eval.wandb"))
+    assert of_kind(records(tmp_path / "run", "dpo"), "run")[0].display_name == "default"
+
+
+def test_a_run_that_fails_before_its_first_stage_is_recorded_as_failed(tiny_base_folder, tmp_path: Path):
+    arguments = overrides(tiny_base_folder, tmp_path, logger="wandb", **{"risk.train.source": "/nope.jsonl"})
+    with pytest.raises(PolicyPatchError, match="nope"):
+        run(composed(arguments), tmp_path / "run", "", arguments)
+    (end,) = of_kind(records_to_the_end(tmp_path / "run", "eval"), "exit")
     assert end.exit_code == 1
-    assert of_kind(found, "run")[0].display_name == "default"
 
 
 def test_the_environment_decides_the_mode_and_the_folder_keeps_the_id(tmp_path: Path, monkeypatch):
@@ -130,18 +148,26 @@ def test_the_environment_decides_the_mode_and_the_folder_keeps_the_id(tmp_path: 
     from policypatch.report.tracking import open_tracker
 
     asked = []
-    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options) or SimpleNamespace(finish=print))
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options) or SimpleNamespace(finish=lambda **_: 0))
+    config = {group: {"name": group} for group in ("risk", "model", "method")}
     cfg = composed(["logger=wandb", "logger.mode=offline"]).logger
-    open_tracker(cfg, tmp_path / "a", "group", "", {})
+
+    def start(folder: str, job: str = "sft") -> None:
+        with open_tracker(cfg, tmp_path / folder, "group", "", config).job(job):
+            pass
+
+    start("a")
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    open_tracker(cfg, tmp_path / "a", "group", "", {})
-    open_tracker(cfg, tmp_path / "b", "group", "", {})
+    start("a")
+    start("b")
     assert [options["mode"] for options in asked] == ["offline", "disabled", "disabled"]
     assert asked[0]["id"] == asked[1]["id"] != asked[2]["id"]
+    start("a", "dpo")
+    assert asked[3]["id"].removesuffix("-dpo") == asked[0]["id"].removesuffix("-sft")
     (tmp_path / "a" / "wandb_id").unlink()  # a sweep that is done again in the same place is another run
-    open_tracker(cfg, tmp_path / "a", "group", "", {})
-    assert asked[3]["id"] not in {options["id"] for options in asked[:3]}
-    assert all(options["resume"] == "allow" for options in asked)
+    start("a")
+    assert asked[4]["id"] not in {options["id"] for options in asked[:4]}
+    assert all(options["resume"] == "allow" and options["tags"] == [*config] for options in asked)
 
 
 def test_the_table_holds_the_first_continuations_of_fifty_prompts(tmp_path: Path):
@@ -162,5 +188,6 @@ def test_logger_csv_starts_no_wandb_run(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("not asked for"))
     tracker = open_tracker(composed(["logger=csv"]).logger, tmp_path, "group", "", {})
-    assert list(tracker.loggers("sft")) == []
+    with tracker.job("sft") as job:
+        assert list(job.loggers()) == []
     tracker.close(1)

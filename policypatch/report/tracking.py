@@ -1,10 +1,11 @@
-"""Weights & Biases: a run of a sweep as its users expect it; and the same interface doing nothing."""
+"""Weights & Biases: the stages of a run as its users expect them; and the same interface doing nothing."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,29 +20,43 @@ from policypatch.report.samples import judges_of
 TABLE_PROMPTS = 50  # prompts of each risk and split whose samples go into the W&B table
 
 
-class Tracker:
-    """Tracks nothing; what `logger=csv` gets."""
+class Job:
+    """A stage of a run that nobody watches; what `logger=csv` gets."""
 
-    def loggers(self, stage: str) -> Sequence[Logger]:
-        """Lightning loggers for a stage."""
+    def loggers(self) -> Sequence[Logger]:
+        """Lightning loggers for the stage."""
         return []
 
-    def finish_run(self, scorecard: Scorecard, folder: Path) -> None:
+    def reads(self, pairs: Path, counts: Mapping[str, int]) -> None:
+        """Say which pairs the stage learns from."""
+
+    def finds(self, scorecard: Scorecard, folder: Path) -> None:
         """Hand over what the run came to."""
 
+
+class Tracker:
+    """Tracks nothing."""
+
+    @contextmanager
+    def job(self, kind: str) -> Iterator[Job]:
+        """A stage of the run: "sft", "dpo" or "eval". It has failed where the block raises."""
+        yield Job()
+
     def close(self, status: int) -> None:
-        """End the run with the exit status it really had."""
+        """The run ends with this exit status."""
 
 
-class WandbTracker(Tracker):
-    """One W&B run for the whole run, its stages told apart by prefix."""
+class WandbJob(Job):
+    """One W&B run of a job type."""
 
-    def __init__(self, run: Any):
-        self.run = run
+    def __init__(self, run: Any, kind: str):
+        self.run, self.kind = run, kind
 
-    def loggers(self, stage: str) -> Sequence[Logger]:
+    def loggers(self) -> Sequence[Logger]:
         """A WandbLogger on the open run; figures are `STAGE/train/loss` and so on, over `STAGE/step`."""
         from lightning.pytorch.loggers import WandbLogger
+
+        stage = self.kind
 
         class StageLogger(WandbLogger):
             """Every stage counts its steps from 0, so each has an axis of its own."""
@@ -51,26 +66,83 @@ class WandbTracker(Tracker):
                 if named:
                     self.experiment.log(named | {f"{stage}/step": step})
 
-        self.run.define_metric(f"{stage}/step")
+        self.run.define_metric(f"{stage}/step", hidden=True)
         self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        for split in ("train", "val"):
+            self.run.define_metric(f"{stage}/{split}/loss", step_metric=f"{stage}/step", summary="min")
         return [StageLogger(experiment=self.run)]
 
-    def finish_run(self, scorecard: Scorecard, folder: Path) -> None:
-        """Scorecard into the summary, samples as a Table, the patch as an Artifact; the latter two from `folder`."""
+    def reads(self, pairs: Path, counts: Mapping[str, int]) -> None:
+        """The pairs as an Artifact that the run uses: the same content is the same version for all runs of a sweep."""
+        import wandb
+
+        artifact = wandb.Artifact(f"pairs-{_tags(self.run.config)[0]}", type="preference-pairs", metadata=dict(counts))
+        artifact.add_file(str(pairs))
+        if self.run.offline:
+            # `use_artifact` refuses offline, though a record of it is what `wandb sync` needs; this is what it calls.
+            self.run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+        else:
+            self.run.use_artifact(artifact)
+
+    def finds(self, scorecard: Scorecard, folder: Path) -> None:
+        """Scorecard into the summary, samples as a Table, what was trained as an Artifact; the latter from `folder`."""
         import wandb
 
         self.run.summary.update(summary(scorecard))
         columns, rows = samples_table(folder / "samples.jsonl")
         self.run.log({"samples": wandb.Table(columns=columns, data=rows)})
-        patch = wandb.Artifact(
-            f"patch-{self.run.id}", type="patch", metadata={"scorecard": [asdict(row) for row in scorecard]}
-        )
-        patch.add_dir(str(folder / "patch"))
-        self.run.log_artifact(patch)
+        kind = next((kind for kind in ("patch", "peft") if (folder / kind).is_dir()), None)
+        if kind is None:
+            return
+        config = self.run.config
+        kind_of = "patch" if kind == "patch" else "lora"
+        metadata = {"scorecard": [asdict(row) for row in scorecard], "seed": config["seed"], "tags": _tags(config)}
+        artifact = wandb.Artifact(f"{kind_of}-{config['patch']['name']}", type=kind_of, metadata=metadata)
+        artifact.add_dir(str(folder / kind))
+        self.run.log_artifact(artifact, aliases=["latest", config["patch"]["version"], f"seed-{config['seed']}"])
+
+
+class WandbTracker(Tracker):
+    """A W&B run for each stage: one group for the sweep, a job type for the stage, tags for risk, model and method.
+
+    Args:
+        folder: the run folder, which W&B's files go into.
+        options: of `wandb.init`, the same for all stages.
+    """
+
+    def __init__(self, folder: Path, options: Mapping[str, Any]):
+        self.folder, self.options, self.failed = folder, options, False
+
+    @contextmanager
+    def job(self, kind: str) -> Iterator[Job]:
+        """An open run would be picked up by the next, and one that failed look finished: it ends here in any case."""
+        import wandb
+
+        # The agent of a W&B sweep gives its run an id and looks there for the figure that it optimises.
+        given = os.environ.get("WANDB_RUN_ID") if kind == "eval" else None
+        run = wandb.init(**self.options, id=given or f"{run_id(self.folder)}-{kind}", job_type=kind)
+        status = 1
+        try:
+            yield WandbJob(run, kind)
+            status = 0
+        finally:
+            self.failed |= status != 0
+            run.finish(exit_code=status)
 
     def close(self, status: int) -> None:
-        """An open run would be picked up by the next job of the sweep, and a failed one would look finished."""
-        self.run.finish(exit_code=status)
+        """What failed outside of all stages is a failed evaluation: there is no patch."""
+        if status == 0 or self.failed:
+            return
+        with suppress(_FailedOutside), self.job("eval"):
+            raise _FailedOutside
+
+
+class _FailedOutside(Exception):
+    """Ends a W&B run as failed."""
+
+
+def _tags(config: Mapping[str, Any]) -> list[str]:
+    return [str(config[group]["name"]) for group in ("risk", "model", "method")]
 
 
 def summary(scorecard: Scorecard) -> dict[str, float]:
@@ -117,7 +189,8 @@ def _place(sample: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def run_id(folder: Path) -> str:
-    """The id of the folder's W&B run: drawn once and kept in `folder`, so that a resumed run goes on in the same one.
+    """What the ids of the folder's W&B runs begin with: drawn once and kept in `folder`, so that a resumed run goes on
+    in the same ones.
 
     A digest of the path would be the same on another machine, and for a sweep that is done again.
     """
@@ -144,16 +217,16 @@ def open_tracker(cfg: DictConfig, folder: Path, group: str, overrides: str, reso
     os.environ.setdefault("WANDB_SILENT", "true")  # read at import; the run's own settings do not reach artifacts
     import wandb
 
-    run = wandb.init(
-        project=cfg.project,
-        entity=cfg.entity,
-        mode=os.environ.get("WANDB_MODE", cfg.mode),
-        dir=str(folder),
-        group=group,
-        name=overrides or "default",
-        id=run_id(folder),
-        resume="allow",
-        config=resolved,
-        settings=wandb.Settings(silent=True),
-    )
-    return WandbTracker(run)
+    options = {
+        "project": cfg.project,
+        "entity": cfg.entity,
+        "mode": os.environ.get("WANDB_MODE", cfg.mode),
+        "dir": str(folder),
+        "group": group,
+        "name": overrides or "default",
+        "tags": _tags(resolved),
+        "resume": "allow",
+        "config": resolved,
+        "settings": wandb.Settings(silent=True),
+    }
+    return WandbTracker(folder, options)
