@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from policypatch.files.atomic import write_json
 from policypatch.logs import quiet_libraries
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+os.environ.setdefault("POLICYPATCH_HOME", str(CONF.parent))  # conf/config.yaml finds experiments/ by it
 REFUSALS, TOXICITY = ("refusal", "likelihood", "refusal_openings"), ("svm", "bilstm")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
