@@ -55,7 +55,7 @@ def load_text(group: Group) -> str:
     prompt, _, batch = group.split.partition("x")
     if not (prompt.isdecimal() and batch.isdecimal()):
         return readable(group.split)
-    return f"answering {batch} prompt{'s' * (batch != '1')} of {prompt} tokens, base = 1"
+    return f"{batch} prompt{'s' * (batch != '1')} of {prompt} tokens"
 
 
 def cost_sentence(rows: Iterable[Row]) -> str | None:

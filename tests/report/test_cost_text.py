@@ -45,8 +45,8 @@ def test_bytes_change_their_unit_before_they_need_a_fourth_digit(count: float, t
 
 
 def test_loads_are_told_in_words():
-    assert load_text(Group("cost", "32x1")) == "answering 1 prompt of 32 tokens, base = 1"
-    assert load_text(Group("cost", "512x16")) == "answering 16 prompts of 512 tokens, base = 1"
+    assert load_text(Group("cost", "32x1")) == "1 prompt of 32 tokens"
+    assert load_text(Group("cost", "512x16")) == "16 prompts of 512 tokens"
     assert load_text(Group("cost", "training")) == "training"
 
 
