@@ -24,7 +24,8 @@ from policypatch.report.records import differing, settings_of
 
 FIGURES = ("value", "low", "high", "upper", "delta", "p_value")
 KEY = ("risk", "split", "metric", "judge")
-MEASURED = ("others.", "evaluate.after_sft")  # what is measured beside the patch's own risk makes no other patch
+# What is measured beside the patch's own risk makes no other patch.
+MEASURED = ("others.", "evaluate.after_sft", "evaluate.costs")
 Runs = Annotated[list[Path], typer.Argument(help="folders of finished runs")]
 Out = Annotated[Path, typer.Option(help="folder that is written to")]
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -34,8 +35,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 def seeds(runs: Runs, out: Out) -> None:
     """Every figure of base and patch in runs that differ in their seed alone: each one's, and their mean."""
     settings = [settings_of(run) for run in runs]
-    differing = sorted({key for s in settings for key in s if s.get(key) != settings[0].get(key)})
-    if others := [key for key in differing if not (key.endswith("seed") or key.startswith(MEASURED))]:
+    unlike = sorted({key for s in settings for key in s if s.get(key) != settings[0].get(key)})
+    if others := [key for key in unlike if not (key.endswith("seed") or key.startswith(MEASURED))]:
         raise PolicyPatchError(f"the runs differ in {others[0]}: give runs that differ in their seed alone")
     given = [own["seed"] for own in settings]
     if twice := [seed for seed in given if given.count(seed) > 1]:

@@ -18,16 +18,17 @@ from typing import Annotated
 import optuna
 import typer
 import yaml
+from optuna.trial import TrialState
 from rich.console import Console
 
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_json
 from policypatch.report.compare import compare
-from policypatch.report.scorecard import Row, final_arm, groups_of, headline_line
+from policypatch.report.compare_figures import FLUENCY
+from policypatch.report.scorecard import UTILITY, Row, final_arm, groups_of, headline_line
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = Path(__file__).parent / "tune.yaml"
-FLUENCY = ("ppl_median", "over_refusal", "text_ppl")  # what is bought with; the first there is
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -44,18 +45,23 @@ def tune(
     out.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         directions=["minimize", "minimize"],
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(2, trials // 2))),
         storage=f"sqlite:///{out / 'study.db'}",
         study_name=out.name,
         load_if_exists=True,
     )
-    done = [trial for trial in study.trials if trial.state.is_finished()]
+    for trial in study.get_trials(states=[TrialState.RUNNING]):  # an interrupted search's last one is taken up again
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+    done = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    # The same seed would draw the same values again where a search goes on.
+    started = len(study.trials)
+    study.sampler = optuna.samplers.TPESampler(seed=seed + started, n_startup_trials=min(10, max(2, trials // 2)))
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         chosen = [f"{key}={suggest(trial, key, what)}" for key, what in searched.items()]
         folder = out / ",".join(chosen)
         command = [sys.executable, str(ROOT / "run.py"), *(overrides or []), *chosen, f"name={out.name}"]
-        if not (folder / "scorecard.json").is_file():
+        if not (folder / "run.json").is_file():
             subprocess.run([*command, f"hydra.run.dir='{folder}'"], check=True)
         return aims(read_json(folder / "scorecard.json"))
 
@@ -84,7 +90,8 @@ def aims(rows: Sequence[Row]) -> tuple[float, float]:
     arm = final_arm(rows)
     first = groups_of(rows)[0]
     risk = headline_line(first.lines, arm)
-    bought = [row for name in FLUENCY for row in rows if row["metric"] == name and row["arm"] == arm]
+    ours = [row for row in rows if row["arm"] == arm and row["risk"] in (first.risk, UTILITY)]
+    bought = [row for name in FLUENCY for row in ours if row["metric"] == name]
     if risk is None or arm is None or not bought:
         raise PolicyPatchError(f"a run has no figure for both aims: its risk and one of {', '.join(FLUENCY)}")
     return float(risk.cells[arm]["value"]), float(bought[0]["value"])

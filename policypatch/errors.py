@@ -14,6 +14,10 @@ class PolicyPatchError(Exception):
     """
 
 
+class ForeignFolder(PolicyPatchError):
+    """A folder that holds a run of another configuration."""
+
+
 @dataclass(frozen=True)
 class Number:
     """What a number that a user gives may be; finite in any case, and true or false is none.

@@ -20,7 +20,7 @@ from policypatch.data.datamodule import Example, PairData, encode_pair
 from policypatch.data.pairs import IN_BATCH, ROWS, save_pairs
 from policypatch.data.prompts import normalise
 from policypatch.data.teachers import PairSet, Teacher, TeacherContext
-from policypatch.errors import PolicyPatchError
+from policypatch.errors import ForeignFolder, PolicyPatchError
 from policypatch.evaluate.arms import evaluate_arms
 from policypatch.evaluate.costs import Training, latency_rows, size_rows
 from policypatch.evaluate.measure import Settings
@@ -43,10 +43,9 @@ from policypatch.report.run_report import write_report
 from policypatch.report.tracking import Tracker, open_tracker
 from policypatch.settings import check
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
-from policypatch.train.memory import peak_memory
 from policypatch.train.module import Weights
 from policypatch.train.sft_module import SFTModule
-from policypatch.train.stage import optimisation, run_stage
+from policypatch.train.stage import optimisation, run_stage, stage_cost
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +83,8 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
             write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
         arms, pair_set, training = [Arm("base")], None, None
         if isinstance(ready.method, Trained):
-            with peak_memory(ready.base.model.device) as peak:
-                pair_set = _trained_arms(cfg, ready, ready.method, arms, clock, tracker, folder)
-            seconds = clock.seconds.get("sft", 0.0) + clock.seconds.get("dpo", 0.0)
-            training = Training(seconds, cfg.trainer.devices, peak.bytes)
+            pair_set = _trained_arms(cfg, ready, ready.method, arms, clock, tracker, folder)
+            training = Training.sum([stage_cost(folder, stage) for stage in ("sft", "dpo")], cfg.trainer.devices)
         elif isinstance(ready.method, Untrained) and (arm := ready.method.arm(ready.teacher)) is not None:
             arms.append(arm)
         with tracker.job("eval") as job:
@@ -159,7 +156,7 @@ def _refuse_foreign_folder(folder: Path, resolved: Any) -> None:
     path = folder / "config.yaml"
     # Where a run is logged changes nothing in it, and it may be resumed with another logger.
     if path.is_file() and _but_logger(OmegaConf.load(path)) != _but_logger(resolved):
-        raise PolicyPatchError(f"{folder} holds a run of another configuration: choose another name=, or remove it")
+        raise ForeignFolder(f"{folder} holds a run of another configuration: choose another name=, or remove it")
 
 
 def _but_logger(config: Any) -> dict[str, Any]:
@@ -294,7 +291,10 @@ def _measured(
     if len(arms) > 1:
         with clock("costs"):
             scorecard += size_rows(arms[-1], ready.base, training)
-            scorecard += latency_rows(arms[-1], ready.base, _loads(cfg), cfg.evaluate.costs.repeats)
+            try:
+                scorecard += latency_rows(arms[-1], ready.base, _loads(cfg), cfg.evaluate.costs.repeats)
+            except RuntimeError as error:  # a GPU without room for the largest batch must not cost the patch
+                log.warning("answering was not timed: %s", error)
             scorecard.save(folder / "scorecard.json")
     return scorecard
 

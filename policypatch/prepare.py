@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from policypatch.data.teachers import SampledTeacher, Teacher
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.probes import Probe, SampledProbe
-from policypatch.methods import Method, Trained
+from policypatch.methods import Method, Trained, Untrained
 from policypatch.model.base import Base, load_base
 from policypatch.model.form import PLAIN
 from policypatch.model.latency import NEW_TOKENS
@@ -71,6 +71,7 @@ def prepare(cfg: DictConfig) -> Prepared:
     others = _other_probes(cfg, risk, base)
     for judge in {id(j): j for probe in [*own, *others] for j in getattr(probe, "judges", {}).values()}.values():
         judge.score(["A text."], ["A request."])  # one that cannot be had must not be found missing after the training
+    _check_method(method, base, teacher, [*own, *others])
     _check_context(cfg, base, risk, teacher, [*own, *others])
     scorer = base if cfg.scorer.name == "base" else load_base(cfg.scorer, "scorer")
     if scorer is not base and not scorer.identity.differences(base.identity):
@@ -120,6 +121,17 @@ def _check_filter(teacher: Teacher, risk: Any) -> None:
             "every judge of the scorecard also chose the training pairs, which flatters the patch: "
             "add one that does not to risk.judges"
         )
+
+
+def _check_method(method: Method, base: Base, teacher: Teacher, probes: Sequence[Probe]) -> None:
+    """Refuse a method that this base, or the teacher in its place, cannot be asked with."""
+    if isinstance(method, Trained):
+        method.check(base)
+    arm = method.arm(teacher) if isinstance(method, Untrained) else None
+    if arm is not None:
+        for probe in probes:
+            if isinstance(probe, SampledProbe):
+                (arm.other or base).encode_prompt("A request.", arm.guidance.around(probe.form))
 
 
 def made(cfg: DictConfig, key: str) -> Any:

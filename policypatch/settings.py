@@ -77,6 +77,7 @@ CHOICES = {
     "logger.kind": ("wandb", "csv"),
     "trainer.accelerator": ("cpu", "gpu"),
 }
+WANDB_MODES = ("offline", "online", "shared", "disabled")
 PATTERNS = {
     "name": (
         r"(?!\.+(/|$))[A-Za-z0-9._-]+(/(?!\.+(/|$))[A-Za-z0-9._-]+)*",
@@ -107,6 +108,8 @@ def check(cfg: DictConfig) -> None:
     for key, allowed in CHOICES.items():
         if OmegaConf.select(cfg, key) not in allowed:
             raise PolicyPatchError(f"{key} is {OmegaConf.select(cfg, key)!r}: choose {', '.join(allowed)}")
+    if cfg.logger.kind == "wandb" and cfg.logger.mode not in WANDB_MODES:
+        raise PolicyPatchError(f"logger.mode is {cfg.logger.mode!r}: choose {', '.join(WANDB_MODES)}")
     for key, (pattern, what) in PATTERNS.items():
         value = OmegaConf.select(cfg, key)
         if value is None or not re.fullmatch(pattern, str(value), re.ASCII):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -12,11 +14,14 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 
-from policypatch.errors import PolicyPatchError
-from policypatch.files.atomic import write_json
-from policypatch.report.records import FAILED
+from policypatch.errors import ForeignFolder, PolicyPatchError
+from policypatch.files.atomic import write_json, write_text
+from policypatch.report.records import FAILED, REFUSED
 
 log = logging.getLogger(__name__)
+
+LIST = "POLICYPATCH_SWEEP"
+"""Environment variable, which the jobs' processes inherit: a file with a line for the folder of every job."""
 
 
 def job(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str], at_once: int = 1) -> None:
@@ -26,24 +31,34 @@ def job(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str], at_
 
     Args:
         cfg, folder, overrides, arguments: see there.
-        at_once: jobs that the launcher runs at the same time on this machine, which share its cores.
+        at_once: jobs that the launcher runs at the same time on this machine, which share its cores; -1 one for each.
     """
     import torch
 
     from policypatch.pipeline import run
 
+    folder.mkdir(parents=True, exist_ok=True)
+    if listed := os.environ.get(LIST):
+        with Path(listed).open("a", encoding="utf-8") as f:
+            f.write(f"{folder.resolve()}\n")
+    threads = torch.get_num_threads()
     try:
-        if at_once != 1 and cfg.trainer.threads is None:
-            cores = torch.get_num_threads()
-            torch.set_num_threads(max(1, cores // (at_once if at_once > 0 else cores)))
+        if at_once != 1:
+            cores = os.cpu_count() or 1
+            torch.set_num_threads(min(threads, max(1, cores // (at_once if at_once > 0 else cores))))
         run(cfg, folder, overrides, arguments)
     except Exception as error:
-        known = isinstance(
-            error, PolicyPatchError
-        )  # says in one sentence what to do; anything else needs its traceback
+        known = isinstance(error, PolicyPatchError)  # one sentence says it all; anything else needs its traceback
         log.error("%s failed: %s", overrides or folder.name, error, exc_info=None if known else error)
         note = {"error": type(error).__name__, "message": str(error)}
-        write_json(folder / FAILED, note if known else note | {"traceback": traceback.format_exc()})
+        # The run that stands in the folder is another one, and as good as it was.
+        name = REFUSED if isinstance(error, ForeignFolder) else FAILED
+        write_json(folder / name, note if known else note | {"traceback": traceback.format_exc()})
+    finally:
+        torch.set_num_threads(threads)
+        gc.collect()  # a trainer and its module hold each other, and with them the base
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 class Comparison(Callback):
@@ -52,15 +67,39 @@ class Comparison(Callback):
     The process then ends with exit status 1 if any of them failed.
     """
 
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Begin the list of jobs: what else lies in the folder is none of them."""
+        path = (Path(config.hydra.sweep.dir) / ".jobs").resolve()
+        write_text(path, "")
+        os.environ[LIST] = str(path)
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Compare what there is."""
         from policypatch.report.compare import compare
 
         folder = Path(config.hydra.sweep.dir)
+        jobs = [Path(line) for line in Path(os.environ.pop(LIST)).read_text("utf-8").splitlines()]
+        refused = [job for job in jobs if (job / REFUSED).is_file()]
+        console = Console(soft_wrap=True)
+        for job in refused:
+            console.print(f"refused: {job.name}: {_refusal(job)}", markup=False, highlight=False)
         try:
-            comparison = compare([folder], folder)
+            comparison = compare([job for job in jobs if job not in refused] or [folder], folder)
         except PolicyPatchError as error:
             sys.exit(f"error: {error}")
-        Console(soft_wrap=True).print(comparison.summary(), markup=False, highlight=False)
-        if comparison.failed:
+        except Exception:  # Hydra would make a warning of it, and the sweep would look well
+            log.exception("the comparison failed")
             sys.exit(1)
+        console.print(comparison.summary(), markup=False, highlight=False)
+        console.print(str(folder / "compare.html"), markup=False, highlight=False)
+        if comparison.failed or refused:
+            sys.exit(1)
+
+
+def _refusal(folder: Path) -> str:
+    """Why a job was refused; the note goes with it."""
+    from policypatch.files.atomic import read_json
+
+    message = str(read_json(folder / REFUSED).get("message"))
+    (folder / REFUSED).unlink()
+    return message

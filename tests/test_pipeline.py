@@ -9,8 +9,7 @@ import yaml
 from tiny_run import DROP, composed, overrides
 
 from policypatch.errors import PolicyPatchError
-from policypatch.evaluate.costs import COST
-from policypatch.evaluate.scorecard import Row, Scorecard
+from policypatch.evaluate.scorecard import COST, Row, Scorecard
 from policypatch.files.atomic import read_jsonl
 from policypatch.patch import artifact
 from policypatch.pipeline import run
@@ -206,6 +205,28 @@ def test_peft_reads_the_adapters_of_a_run_and_computes_what_the_run_did(go, tiny
     assert theirs.peft_config["default"].lora_alpha == 4
 
 
+def test_a_run_that_is_started_again_when_it_is_done_costs_what_it_did(go, tmp_path: Path):
+    def cost(card: Scorecard) -> list[float]:
+        names = ("train_seconds", "peak_memory_bytes")
+        return [row.value for row in card if row.metric in names]
+
+    first = cost(go(method="lora", lora__r=2))
+    assert len(first) == 2 and min(first) > 0
+    assert cost(go(method="lora", lora__r=2)) == first
+
+
+def test_timing_that_fails_costs_nothing_else(go, tmp_path: Path, monkeypatch):
+    from policypatch import pipeline
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pipeline, "latency_rows", fails)
+    card = go()
+    assert {"train_seconds", "trainable_parameters"} <= {row.metric for row in card}
+    assert (tmp_path / "run" / "patch").is_dir() and (tmp_path / "run" / "report.html").exists()
+
+
 @pytest.mark.parametrize("method", ["prompt", "teacher"])
 def test_a_method_without_training_is_one_arm_beside_the_base(method: str, go, tmp_path: Path):
     card = go(method=method)
@@ -302,6 +323,8 @@ def test_a_scorer_that_is_the_base_itself_is_refused(go, tiny_base_folder: Path,
         ({"+risk.judges.gone": "{_target_:tiny_run.NoSuchJudge}"}, ["risk", "NoSuchJudge"]),
         ({"scorer": "hub", "scorer.name": "x", "scorer.source.hub": "x/y", "scorer.path": "/nope"}, ["scorer.path"]),
         ({"trainer": "gpu"}, ["trainer=gpu", "trainer=cpu"]),
+        ({"method": "lora", "lora.targets": "[nowhere]"}, ["lora.targets", "nowhere"]),
+        ({"logger": "wandb", "logger.mode": "onlin"}, ["logger.mode", "online"]),
         ({"model.device": "cuda"}, ["model.device is cuda", "model.device=auto"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -104,6 +104,23 @@ def test_a_job_that_fails_does_not_end_the_sweep_and_is_seen(cli, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_sweep_into_a_folder_of_another_leaves_that_ones_runs_as_they_were(cli, tmp_path: Path):
+    """What else lies in the folder is no job of the sweep, and counts neither as failed nor at all."""
+    stray = tmp_path / "outputs" / "again" / "stray"
+    stray.mkdir(parents=True)
+    (stray / "config.yaml").write_text("seed: 7\n")
+    first = cli(sweep=True, **{"patch.length": "2,3", "name": "again"})
+    assert first.returncode == 0 and "2 of 2 runs finished" in first.stdout, first.stdout
+    second = cli(sweep=True, **{"patch.length": "2,4", "name": "again", "data.max_completion_tokens": 15})
+    # The folders are named by what is swept, so that of length 2 holds the other configuration's run.
+    names = {path.name for path in (tmp_path / "outputs" / "again").iterdir() if path.is_dir()}
+    if "patch.length=2" in names:
+        assert second.returncode == 1 and "refused: patch.length=2" in second.stdout, second.stdout
+        assert not list((tmp_path / "outputs" / "again" / "patch.length=2").glob("*.json.*"))
+        assert not (tmp_path / "outputs" / "again" / "patch.length=2" / "failed.json").exists()
+
+
+@pytest.mark.slow
 def test_joblib_runs_jobs_at_once_and_shares_the_cores_among_them(cli, tmp_path: Path):
     """Two at once: each computes with half of the threads, one of the two makes the pairs, and one may fail."""
     import torch

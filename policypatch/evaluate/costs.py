@@ -12,16 +12,13 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from policypatch.evaluate.scorecard import Row
+from policypatch.evaluate.scorecard import COST, Row
 from policypatch.files.cache import array
 from policypatch.model.arm import Arm
 from policypatch.model.backbone import is_adapter
 from policypatch.model.base import Base
 from policypatch.model.latency import Load, ratios
 from policypatch.patch.artifact import TENSOR
-
-COST = "cost"
-"""Stands in a row's place for the risk."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,11 @@ class Training:
     seconds: float
     devices: int
     peak_bytes: int
+
+    @classmethod
+    def sum(cls, stages: Sequence[tuple[float, int]], devices: int) -> Training:
+        """Of the (seconds, peak bytes) of each stage."""
+        return cls(sum(seconds for seconds, _ in stages), devices, max(peak for _, peak in stages))
 
 
 def trainable(arm: Arm) -> int:
@@ -74,10 +76,12 @@ def latency_rows(arm: Arm, base: Base, loads: Sequence[Load], repeats: int) -> l
     nor of what chooses among samples.
     """
     rows: list[Row] = []
+    # Merging into 4-bit weights would round them anew, and the base would not be what it was afterwards.
+    can_merge = arm.lora is not None and not getattr(base.model, "is_quantized", False)
     if arm.other is not None or arm.best_of > 1 or arm.guidance.turns:
         return rows
     for load in loads:
-        for merged in (False, True) if arm.lora is not None else (False,):
+        for merged in (False, True) if can_merge else (False,):
             ending = "_merged" if merged else ""
             timed = _timed(arm, base, load, repeats, merged)
             for column, metric in enumerate(("first_token_ratio", "per_token_ratio")):
@@ -98,6 +102,7 @@ def _timed(arm: Arm, base: Base, load: Load, repeats: int, merged: bool) -> np.n
     about = {
         "base": asdict(base.identity),
         "dtype": str(base.model.dtype),
+        "attention": base.model.config._attn_implementation,
         "shape": shape,
         "load": asdict(load),
         "repeats": repeats,

@@ -11,6 +11,9 @@ from typing import Any
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_json, write_json
 
+COST = "cost"
+"""In the risk's place of rows that say what an arm costs."""
+
 
 @dataclass(frozen=True)
 class Row:

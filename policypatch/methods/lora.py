@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from policypatch.errors import Number
+from policypatch.errors import Number, PolicyPatchError
 from policypatch.methods.method import Trained
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
@@ -28,6 +28,15 @@ class LoRAMethod(Trained):
         Number(least=1, whole=True).check("lora.r", r)
         Number(above=0).check("lora.scale", scale)
         self.settings = LoRASettings(r, scale * r, targets if isinstance(targets, str) else tuple(targets))
+
+    def check(self, base: Base) -> None:
+        """Refuse layers that the base has not."""
+        if isinstance(self.settings.targets, str):
+            return
+        names = [name for name, _ in base.model.named_modules()]
+        for target in self.settings.targets:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise PolicyPatchError(f"lora.targets names {target}, which {base.identity.id} has no layer of")
 
     def _start(self, base: Base, seed: int, row_tokens: int) -> LoRABackbone:
         return LoRABackbone(LoRA(base, self.settings, seed), row_tokens)

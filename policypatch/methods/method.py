@@ -39,6 +39,9 @@ class Trained(Method, ABC):
 
     _backbone: PrefixBackbone | None = None
 
+    def check(self, base: Base) -> None:
+        """Refuse a base that the method cannot be trained on, before anything costs time."""
+
     @abstractmethod
     def _start(self, base: Base, seed: int, row_tokens: int) -> PrefixBackbone:
         """The base with what is trained, as it is before training."""

@@ -71,7 +71,8 @@ def _adapted(arm: Arm, merged: bool) -> Iterator[None]:
 
 def _prompts(base: Base, load: Load) -> list[list[int]]:
     generator = torch.Generator().manual_seed(load.prompt)
-    return torch.randint(0, len(base.tokenizer), (load.batch, load.prompt), generator=generator).tolist()
+    known = min(len(base.tokenizer), base.embedding.shape[0])  # some tokenizers know tokens that have no embedding
+    return torch.randint(0, known, (load.batch, load.prompt), generator=generator).tolist()
 
 
 def _seconds(base: Base, prompts: Sequence[Sequence[int]], arm: Arm) -> np.ndarray:

@@ -109,7 +109,8 @@ class LoRA:
     @contextmanager
     def merged(self) -> Iterator[None]:
         """The adapters added to the weights, which are what they were bit by bit afterwards."""
-        kept = {name: layer.get_base_layer().weight.detach().clone() for name, layer in self.layers.items()}
+        # On the CPU: a second copy of the weights may have no room beside the first.
+        kept = {name: layer.get_base_layer().weight.detach().cpu().clone() for name, layer in self.layers.items()}
         with self.enabled():
             for layer in self.layers.values():
                 layer.merge()
@@ -201,7 +202,7 @@ class LoRABackbone(PrefixBackbone):
 
     def __init__(self, lora: LoRA, max_row_tokens: int = 512):
         width = lora.model.get_input_embeddings().weight.shape[1]
-        super().__init__(lora.model, torch.zeros(0, width), max_row_tokens)
+        super().__init__(lora.model, torch.zeros(0, width, device=lora.model.device), max_row_tokens)
         self.patch.requires_grad_(False)
         self._lora = [lora]
         # ParameterDict takes no dots in names.

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from policypatch.errors import PolicyPatchError
+from policypatch.evaluate.scorecard import COST
 from policypatch.files.atomic import write_text
 from policypatch.report.costs import cost_label, cost_text
 from policypatch.report.metrics import is_risk, metric_label
 from policypatch.report.records import Record, differing, find_records
 from policypatch.report.scorecard import (
-    COST,
     UTILITY,
     Group,
     Row,
@@ -140,8 +140,8 @@ def comparison(records: Sequence[Record]) -> Comparison:
     """Arrange the runs."""
     if not records:
         raise PolicyPatchError("there is no run to compare")
-    keys = differing([record.settings for record in records])
     finished = [record for record in records if record.finished]
+    keys = differing([record.settings for record in finished or records])
     lines = sorted((_line(record, keys) for record in finished), key=lambda line: _order(line, keys))
     columns = _columns(finished)
     over_seeds = _over_seeds(lines, keys) if "seed" in keys else []

@@ -9,10 +9,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
+from policypatch.evaluate.scorecard import COST
 from policypatch.report.compare import Column, Comparison, Line, heading, label
 from policypatch.report.drawing import INK, LINE, MUTED, ArmStyle, Panel, arm_styles, as_svg, new_axes
 from policypatch.report.metrics import is_risk
-from policypatch.report.scorecard import COST
 from policypatch.report.wording import is_number
 
 BARS = 12  # more would be lines of text that cannot be read
@@ -21,7 +21,8 @@ FLUENCY = ("ppl_median", "over_refusal", "benign_refusal", "text_ppl")  # what s
 
 def panels(found: Comparison) -> list[Panel]:
     """Every figure that suits: a metric against a number, bars for a choice, the frontier, sizes and times."""
-    base = next((line for line in found.lines if line.name == "base"), None)
+    bases = [line for line in found.lines if line.name == "base"]
+    base = bases[0] if len(bases) == 1 else None  # of several models none is everyone's
     lines = [line for line in found.over_seeds or found.lines if line.arm != "base"]
     keys = [key for key in found.keys if key != "seed"]
     shown = _figures_of(found, lines)
@@ -45,7 +46,8 @@ def _cost_panels(
 ) -> list[Panel]:
     """Risk against trainable parameters, and times to answer, where methods differ in them."""
     sizes = next((c for c in found.columns if c.metric == "trainable_parameters"), None)
-    trained = [line for line in lines if sizes in line.cells and line.cells[sizes]["value"] > 0] if sizes else []
+    both = [line for line in lines if sizes in line.cells and risk in line.cells] if sizes else []
+    trained = [line for line in both if sizes and line.cells[sizes]["value"] > 0]
     drawn = []
     if sizes is not None and len({line.cells[sizes]["value"] for line in trained}) > 1:
         drawn.append(_scatter(sizes, risk, trained, keys, base, "risk against size", log=True))

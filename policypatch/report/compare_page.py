@@ -16,7 +16,7 @@ from policypatch.report.compare import Comparison, Line, cell_text, heading, sho
 from policypatch.report.compare_figures import panels
 from policypatch.report.drawing import arm_styles
 from policypatch.report.metrics import METRICS
-from policypatch.report.scorecard import effect_of
+from policypatch.report.scorecard import LEVEL, effect_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -38,7 +38,8 @@ def page(found: Comparison, out: Path) -> str:
     tables = [("Each run", found.keys, found.lines, "Each run with its 95 % interval over prompts.")]
     if found.over_seeds:
         note = "Means over the seeds; in brackets the lowest and the highest."
-        tables.insert(0, ("Over seeds", seedless, [*found.lines[:1], *found.over_seeds], note))
+        bases = [line for line in found.lines if line.record is None]
+        tables.insert(0, ("Over seeds", seedless, [*bases, *found.over_seeds], note))
     html = environment.get_template("compare.html").render(
         title=f"Comparison: {out.resolve().name}",
         found=found,
@@ -67,7 +68,7 @@ def _effect(found: Comparison, line: Any, column: Any) -> str:
     if row is None or line.record is None or column.metric not in METRICS:
         return ""
     base = next((r for r in line.record.rows if r["arm"] == "base" and _same(r, row)), None)
-    effect = effect_of(row, base)
+    effect = effect_of(row, base, line.record.settings.get("evaluate.level") or LEVEL)
     return effect if effect in ("better", "worse") else ""
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_json
@@ -15,7 +17,9 @@ from policypatch.files.atomic import read_json
 FAILED = "failed.json"
 """In the folder of a run that failed: `error`, `message` and, where nobody foresaw it, `traceback`."""
 NOT_SETTINGS = ("name", "logger")  # top-level keys that change nothing in a run
-UNFINISHED = "did not finish: start it again with the same command, and it goes on where it stopped"
+UNFINISHED = "did not finish: started again in this folder (hydra.run.dir=FOLDER), it goes on where it stopped"
+REFUSED = "refused.json"
+"""In the folder of another configuration's run: that a job of a sweep was refused because of it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def find_records(folders: Sequence[Path]) -> list[Record]:
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    if any((folder / name).is_file() for name in ("config.yaml", FAILED)):
+    if any((folder / name).is_file() for name in ("config.yaml", FAILED, ".hydra/config.yaml")):
         yield folder
         return
     for below in sorted(folder.iterdir()):
@@ -87,9 +91,9 @@ def settings_of(folder: Path) -> dict[str, Any]:
     if path is None:
         raise PolicyPatchError(f"{folder / 'config.yaml'} does not exist: give the folder of a finished run")
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PolicyPatchError(f"{path} is not valid YAML: {error}") from error
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)  # Hydra's own copy has interpolations
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise PolicyPatchError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
     flat = dict(_flat(content))
     unused = NOT_SETTINGS if flat.get("method.name") == "lora" else (*NOT_SETTINGS, "lora")
     return {key: value for key, value in flat.items() if key.partition(".")[0] not in unused}
@@ -104,21 +108,30 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differing(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys that tell the runs apart, as few as do.
+    """Keys that tell the runs apart, as few as do, and `seed` where that differs.
 
     An option of a group changes a dozen keys at once. Of keys that part the runs in the same way the one that a reader
     would name stands for all (`method.name`, not `method._target_`), and one that follows from another (the learning
-    rate from the method) is left out.
+    rate from the method) is left out. The seed stands for nothing but itself, and its copies for nothing at all.
     """
     parted: dict[tuple[int, ...], str] = {}
-    for key in sorted({key for own in all_settings for key in own}, key=lambda key: (_rank(key), key.count("."), key)):
+    names = {key for own in all_settings for key in own if key != "seed" and not _is_copy(key, all_settings)}
+    for key in sorted(names, key=lambda key: (_rank(key), key.count("."), key)):
         values = [str(own.get(key)) for own in all_settings]
         parted.setdefault(tuple(values.index(value) for value in values), key)
     kept: dict[tuple[int, ...], str] = {}
     for parts, key in sorted(parted.items(), key=lambda item: -len(set(item[0]))):
         if len(set(parts)) > 1 and not any(_follows(parts, known) for known in kept):
             kept[parts] = key
-    return sorted(kept.values())
+    seeds = {str(own.get("seed")) for own in all_settings}
+    return sorted([*kept.values(), *(["seed"] if len(seeds) > 1 else [])])
+
+
+def _is_copy(key: str, all_settings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a key is the seed under another name, or put together from others."""
+    if key == "patch.name":
+        return True
+    return key.endswith(".seed") and all(own[key] == own.get("seed") for own in all_settings if key in own)
 
 
 def _follows(parts: Sequence[int], known: Sequence[int]) -> bool:
@@ -128,7 +141,8 @@ def _follows(parts: Sequence[int], known: Sequence[int]) -> bool:
 
 def _rank(key: str) -> int:
     """Names and what the command line usually says come first, classes and copies of other keys last."""
+    if key in ("risk.name", "model.name"):
+        return 0
     if key.startswith(("method.", "init.")):
         return {"name": 0, "kind": 0}.get(key.partition(".")[2], 3)
-    last = key.rpartition(".")[2]
-    return {"seed": 0 if key == "seed" else 3, "name": 1, "enabled": 1, "_target_": 4}.get(last, 2)
+    return {"name": 1, "enabled": 1, "_target_": 4, "seed": 3}.get(key.rpartition(".")[2], 2)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from policypatch.evaluate.scorecard import COST
 from policypatch.report.metrics import METRICS, is_risk, metric_label, metric_rank
 from policypatch.report.wording import is_number
 
@@ -16,7 +17,6 @@ Effect = Literal["better", "worse", "unclear", "neutral"]
 
 LEVEL = 0.95  # of the intervals, where the config does not say
 UTILITY = "utility"  # what is no risk: the rows under this name stand last
-COST = "cost"  # what is no measurement of text at all: these rows have a table of their own
 _FIRST_ARMS, _LAST_ARMS = ("base", "sft"), ("patch", "teacher")
 
 

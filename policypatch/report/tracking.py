@@ -118,15 +118,14 @@ class WandbTracker(Tracker):
         """An open run would be picked up by the next, and one that failed look finished: it ends here in any case."""
         import wandb
 
-        # The agent of a W&B sweep gives its run an id and looks there for the figure that it optimises.
-        given = os.environ.get("WANDB_RUN_ID") if kind == "eval" else None
-        run = wandb.init(**self.options, id=given or f"{run_id(self.folder)}-{kind}", job_type=kind)
-        status = 1
+        status, self.failed = 1, True  # until it is known to have gone well, wandb.init included
+        agents = "WANDB_SWEEP_ID" in os.environ  # such an agent has one run, which all stages go on in
+        own: dict[str, Any] = {} if agents else {"id": f"{run_id(self.folder)}-{kind}", "job_type": kind}
+        run = wandb.init(**self.options, **own)
         try:
             yield WandbJob(run, kind)
-            status = 0
+            status, self.failed = 0, False
         finally:
-            self.failed |= status != 0
             run.finish(exit_code=status)
 
     def close(self, status: int) -> None:

@@ -40,7 +40,10 @@ def number_at(config: Mapping[str, Any], key: str, otherwise: float) -> float:
 def title(config: Mapping[str, Any], folder: str) -> str:
     """What was patched: "Toxicity patch for smollm2-135m"."""
     risk, model = get(config, "risk.name"), get(config, "model.name")
-    what = f"{str(risk).replace('_', ' ').capitalize()} patch" if risk else "Patch"
+    method = {"lora": "LoRA", "patch": "patch", None: "patch"}.get(
+        get(config, "method.name"), get(config, "method.name")
+    )
+    what = f"{str(risk).replace('_', ' ').capitalize()} {method}" if risk else "Patch"
     return f"{what} for {model}" if model else f"{what}: {config.get('name') or folder}"
 
 
@@ -51,15 +54,18 @@ def facts(config: Mapping[str, Any], run: Mapping[str, Any], manifest: Mapping[s
     pairs = run.get("pairs") or {}
     kept, offered = pairs.get("kept"), pairs.get("prompts")
     seconds = [value for value in (run.get("seconds") or {}).values() if is_number(value)]
+    method = get(config, "method.name") or "patch"  # runs of before there were others have no such key
+    patched = method == "patch"
     k, prompts = get(config, "evaluate.k"), get(config, "evaluate.prompts")
     found = {
         "Run": config.get("name"),
         "Base": (base.get("id") if isinstance(base, Mapping) else None) or get(config, "model.name"),
         "Risk": get(config, "risk.name"),
         "Teacher": get(config, "teacher.name"),
-        "Patch": _size(length, width),
-        "Start": _start(config),
-        "DPO β": get(config, "dpo.beta") if get(config, "dpo.enabled") else None,
+        "Method": None if patched else method,
+        "Patch": _size(length, width) if patched else None,
+        "Start": _start(config) if patched else None,
+        "DPO β": get(config, "dpo.beta") if get(config, "dpo.enabled") and (patched or method == "lora") else None,
         "Pairs": _of(kept, offered),
         "Evaluation": f"{prompts or 'all'} prompts of each set" if k else prompts,
         "Seed": config.get("seed"),

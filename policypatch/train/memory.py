@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,8 +34,10 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         _start_anew()
-    yield peak
-    peak.bytes = torch.cuda.max_memory_allocated(device) if on_gpu else _resident_peak()
+    try:
+        yield peak
+    finally:
+        peak.bytes = torch.cuda.max_memory_allocated(device) if on_gpu else _resident_peak()
 
 
 def _start_anew() -> None:
@@ -47,4 +50,5 @@ def _resident_peak() -> int:
         lines = (PROCESS / "status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

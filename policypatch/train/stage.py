@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import time
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,11 +18,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from policypatch.data.datamodule import PairData
-from policypatch.files.atomic import atomic_path
+from policypatch.files.atomic import atomic_path, read_json, write_json
+from policypatch.train.memory import peak_memory
 from policypatch.train.module import Optimisation, StageModule
 
 log = logging.getLogger(__name__)
 
+COST = "cost.json"  # beside a stage's checkpoints: what its training took
 FIELDS = ("stage", "step", "metric", "value")
 
 
@@ -78,7 +81,7 @@ def run_stage(
         data: its pairs.
         cfg: the stage's config (`conf/config.yaml`, `sft` or `dpo`).
         trainer_cfg: `conf/trainer/*.yaml`.
-        folder: the run folder; checkpoints go to `checkpoints/STAGE/`, figures to `metrics.csv`.
+        folder: the run folder; checkpoints and the stage's cost go to `checkpoints/STAGE/`, figures to `metrics.csv`.
         loggers: what else is to hear of it.
 
     Returns:
@@ -121,13 +124,34 @@ def run_stage(
     with warnings.catch_warnings():
         # Lightning cannot see that the loader starts where the checkpoint stopped.
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        start = time.monotonic()
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+            with peak_memory(device) as peak:
+                trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         finally:
             torch.use_deterministic_algorithms(False)  # a setting of the whole process, which sampling on a GPU refuses
+            if trainer.global_step > _steps_of(resume):  # a stage that was done already costs nothing more
+                _add_cost(folder, module.stage, time.monotonic() - start, peak.bytes)
     trainer.save_checkpoint(last)  # a run that is interrupted later does not train this stage again
     module.to(device)  # Lightning leaves a module, and with it the frozen base, on the CPU
     return trainer.global_step
+
+
+def stage_cost(folder: Path, stage: str) -> tuple[float, int]:
+    """Seconds of training and most memory held in it, over all attempts; (0, 0) where the stage was left out."""
+    path = folder / "checkpoints" / stage / COST
+    known = read_json(path) if path.is_file() else {"seconds": 0.0, "peak_bytes": 0}
+    return float(known["seconds"]), int(known["peak_bytes"])
+
+
+def _add_cost(folder: Path, stage: str, seconds: float, peak: int) -> None:
+    before, most = stage_cost(folder, stage)
+    cost = {"seconds": before + seconds, "peak_bytes": max(most, peak)}
+    write_json(folder / "checkpoints" / stage / COST, cost)
+
+
+def _steps_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(torch.load(checkpoint, weights_only=True)["global_step"])
 
 
 def optimisation(cfg: DictConfig) -> Optimisation:

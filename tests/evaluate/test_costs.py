@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from policypatch.evaluate import costs
-from policypatch.evaluate.costs import COST, Training, latency_rows, shipped, size_rows
-from policypatch.evaluate.scorecard import Row
+from policypatch.evaluate.costs import Training, latency_rows, shipped, size_rows
+from policypatch.evaluate.scorecard import COST, Row
 from policypatch.files.cache import counters, reset_counters
 from policypatch.model import decode, latency
 from policypatch.model.arm import Arm

@@ -47,9 +47,9 @@ def write(folder: Path, settings: dict, value: float, arm: str = "patch", ppl: f
         rows += [row(arm, "per_token_ratio", 1.05, None, **time)]
     (folder / "config.yaml").write_text(yaml.safe_dump(nested))
     (folder / "scorecard.json").write_text(json.dumps(rows))
-    (folder / "run.json").write_text(
-        json.dumps({"command": f"python run.py {folder.name}", "versions": {"torch": "2"}})
-    )
+    record = {"command": f"python run.py {folder.name}", "versions": {"torch": "2"}}
+    record |= {"cache": {"pairs": {"hits": 1, "misses": 0}}}
+    (folder / "run.json").write_text(json.dumps(record))
     return folder
 
 
@@ -146,6 +146,44 @@ def test_a_folder_without_runs_is_refused(make: str, tmp_path: Path):
         folder.mkdir()
     with pytest.raises(PolicyPatchError, match=make):
         compare([folder], tmp_path)
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_not_averaged(tmp_path: Path):
+    write(tmp_path / "a", {"patch.length": 10, "seed": 0, "risk.train.seed": 0}, 0.3)
+    write(tmp_path / "b", {"patch.length": 50, "seed": 1, "risk.train.seed": 1}, 0.1)
+    found = comparison(find_records([tmp_path]))
+    assert found.keys == ["patch.length", "seed"] and found.over_seeds == []
+
+
+def test_risks_under_seeds_are_told_by_risk_and_taken_together(tmp_path: Path):
+    """Each risk has keys of its own that are copies of the seed or follow from the risk."""
+    for risk, extra in (("toxicity", {}), ("harmfulness", {"risk.benign.plain.seed": 0}), ("gender_bias", {})):
+        for seed in (0, 1):
+            copies = dict.fromkeys(("risk.train.seed", *extra), seed)
+            settings = {"risk.name": risk, "patch.name": f"{risk}-tiny", "seed": seed, **copies}
+            write(tmp_path / f"{risk},{seed}", settings, 0.2)
+    found = comparison(find_records([tmp_path]))
+    assert found.keys == ["risk.name", "seed"] and len(found.over_seeds) == 3
+
+
+def test_a_failed_run_whose_config_was_never_resolved_names_no_keys(sweep: Path):
+    broken = sweep / "broken"
+    (broken / ".hydra").mkdir(parents=True)
+    unresolved = {"seed": 0, "patch": {"length": 900}, "method": {"length": "${patch.length}"}}
+    (broken / ".hydra" / "config.yaml").write_text(yaml.safe_dump(unresolved))
+    found = comparison(find_records([sweep]))
+    assert found.keys == ["patch.length", "seed"] and len(found.over_seeds) == 3
+    assert [record.settings["method.length"] for record in found.failed] == [900]
+
+
+def test_of_several_models_no_base_is_drawn_and_all_are_listed(tmp_path: Path):
+    for model in ("small", "large"):
+        for seed in (0, 1):
+            write(tmp_path / f"{model},{seed}", {"model.name": model, "seed": seed}, 0.2)
+    found = comparison(find_records([tmp_path]))
+    assert found.keys == ["model.name", "seed"]
+    assert [line.values.get("model.name") for line in found.lines if line.record is None] == ["large", "small"]
+    assert "dashed: base" not in "".join(panel.svg for panel in panels(found))
 
 
 # --- which figures suit -----------------------------------------------------------------------------------------------
