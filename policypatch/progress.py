@@ -1,4 +1,4 @@
-"""A progress bar with the time left on a terminal, a plain line now and then elsewhere."""
+"""How far a run is: a bar with the time left on a terminal, plain lines elsewhere; and what each part took."""
 
 from __future__ import annotations
 
@@ -38,3 +38,18 @@ def track(what: str, total: int) -> Iterator[Callable[[int], None]]:
             said = now
 
     yield advance
+
+
+class Clock:
+    """Seconds of each part of the run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time a part and say that it started."""
+        log.info("%s ...", part)
+        start = time.monotonic()
+        yield
+        self.seconds[part] = round(time.monotonic() - start, 2)

@@ -1,0 +1,187 @@
+"""What a method is trained on and how: pairs -> SFT -> DPO, from the config.
+
+Pairs and the reference's log-probabilities are made once for everything they depend on, and kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from policypatch.data.datamodule import Example, PairData, encode_pair
+from policypatch.data.pairs import IN_BATCH, ROWS, save_pairs
+from policypatch.data.prompts import normalise
+from policypatch.data.teachers import PairSet, Teacher, TeacherContext
+from policypatch.errors import PolicyPatchError
+from policypatch.evaluate.probes import Probe, SampledProbe
+from policypatch.files.atomic import write_json
+from policypatch.files.cache import content_key, entry
+from policypatch.methods import Trained
+from policypatch.model.arm import Arm
+from policypatch.model.backbone import PrefixBackbone
+from policypatch.model.base import Base
+from policypatch.model.logprobs import item_logprobs
+from policypatch.prepare import Prepared
+from policypatch.progress import Clock
+from policypatch.report.tracking import Tracker
+from policypatch.train.dpo_module import DPOModule, PreferenceSettings
+from policypatch.train.module import Weights
+from policypatch.train.sft_module import SFTModule
+from policypatch.train.stage import optimisation, run_stage
+
+log = logging.getLogger(__name__)
+
+
+def trained_arms(
+    cfg: DictConfig, ready: Prepared, method: Trained, arms: list[Arm], clock: Clock, tracker: Tracker, folder: Path
+) -> PairSet:
+    """Pairs, then both stages; adds an arm for each to `arms`. Returns the pairs."""
+    base = ready.base
+    with clock("pairs"):
+        context = teacher_context(cfg, base, ready.risk)
+        pair_set = made_pairs(context, ready.own, ready.teacher)
+        save_pairs(folder / "pairs.jsonl", pair_set.pairs)
+        examples = _encoded(cfg, base, pair_set)
+    backbone = method.start(base, cfg.seed, cfg.row_tokens)
+    if cfg.sft.enabled:
+        with clock("sft"):
+            data = _data(cfg, cfg.sft, examples, backbone, 1)
+            sft = SFTModule(backbone, optimisation(cfg.sft), _weights(cfg))
+            with tracker.job("sft") as job:
+                job.reads(folder / "pairs.jsonl", pair_set.counts)
+                run_stage(sft, data, cfg.sft, cfg.trainer, folder, job.loggers())
+            arms.append(method.arm("sft"))
+    if cfg.dpo.enabled:
+        with clock("dpo"):
+            reference = _reference(cfg, context, arms[-1], ready.teacher, pair_set, examples)
+            data = _data(cfg, cfg.dpo, examples, backbone, 2, reference)
+            preference = PreferenceSettings(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.label_smoothing)
+            dpo = DPOModule(backbone, optimisation(cfg.dpo), preference, _weights(cfg))
+            with tracker.job("dpo") as job:
+                job.reads(folder / "pairs.jsonl", pair_set.counts)
+                run_stage(dpo, data, cfg.dpo, cfg.trainer, folder, job.loggers())
+            arms.append(method.arm(method.name))
+    return pair_set
+
+
+def teacher_context(cfg: DictConfig, base: Base, risk: Any) -> TeacherContext:
+    """What the teacher may use."""
+    return TeacherContext(
+        base,
+        risk.training_prompts,
+        risk.judges,
+        cfg.seed,
+        cfg.decode_rows,
+        risk.form,
+        risk.benign_prompts,
+        risk.benign_texts,
+        risk.swaps,
+        risk.compliance,
+        cfg.row_tokens,
+    )
+
+
+def made_pairs(context: TeacherContext, own: list[Probe], teacher: Teacher) -> PairSet:
+    """The teacher's pairs, made once for everything they depend on."""
+    evaluation = {normalise(prompt) for probe in own if isinstance(probe, SampledProbe) for prompt in probe.prompts}
+    about = teacher.identity() | {
+        "base": asdict(context.base.identity),
+        "dtype": str(context.base.model.dtype),
+        "prompts": list(context.prompts),
+        "benign_prompts": list(context.benign),
+        "benign_texts": list(context.benign_texts),
+        "swaps": dict(context.swaps),
+        "form": asdict(context.form),
+        "compliance": context.compliance,
+        "judge_fingerprints": {name: context.judges[name].fingerprint for name in teacher.filter_judges},
+        "seed": context.seed,
+        "eos": list(context.base.eos),
+        "evaluation": sorted(evaluation),
+        "rows": ROWS,
+    }
+
+    def build(target: Path) -> None:
+        made = teacher.pairs(context).without(evaluation)
+        if not any(pair.kind == "pair" for pair in made.pairs):
+            raise PolicyPatchError(
+                f"no pair passed teacher.filter ({made.counts}): loosen its thresholds, raise teacher.n or give more "
+                "prompts"
+            )
+        save_pairs(target / "pairs.jsonl", made.pairs)
+        write_json(target / "counts.json", made.counts)
+
+    shown = {
+        k: v for k, v in about.items() if k not in ("prompts", "benign_prompts", "benign_texts", "swaps", "evaluation")
+    }
+    cached = entry("pairs", content_key(**about), build, about=shown)
+    pair_set = PairSet.read(cached / "pairs.jsonl", cached / "counts.json")
+    log.info("%d pairs (%s)", len(pair_set.pairs), pair_set.counts)
+    return pair_set
+
+
+def _encoded(cfg: DictConfig, base: Base, pair_set: PairSet) -> list[Example]:
+    """The pairs as token ids."""
+    eos, limits = next(iter(base.eos), None), (cfg.data.max_prompt_tokens, cfg.data.max_completion_tokens)
+    return [encode_pair(pair, base.encode_prompt, base.encode, eos, *limits) for pair in pair_set.pairs]
+
+
+def _data(
+    cfg: DictConfig,
+    stage: DictConfig,
+    examples: list[Example],
+    backbone: PrefixBackbone,
+    completions: int,
+    reference: Tensor | None = None,
+) -> PairData:
+    """A stage's batches."""
+    anchor = cfg.kl.rows if cfg.kl.weight else None
+    return PairData(
+        examples,
+        stage.batch_size,
+        stage.steps,
+        cfg.seed,
+        completions,
+        backbone.tree,
+        reference,
+        cfg.data.held_out,
+        cfg.data.benign_share,
+        anchor,
+        cfg.texts.rows if cfg.texts.weight else 0,
+        cfg.balance.rows if cfg.balance.weight else 0,
+    )
+
+
+def _weights(cfg: DictConfig) -> Weights:
+    """Of what both stages' losses have beside their own."""
+    return Weights(cfg.kl.weight, cfg.texts.weight, cfg.balance.weight)
+
+
+def _reference(
+    cfg: DictConfig,
+    context: TeacherContext,
+    last: Arm,
+    teacher: Teacher,
+    pair_set: PairSet,
+    examples: list[Example],
+) -> Tensor:
+    """(rows, 2) log-probabilities under the teacher, the last arm (that of stage 1), or the base.
+
+    NaN where a row states no preference.
+    """
+    preferred = [i for i, e in enumerate(examples) if e.kind in IN_BATCH and len(e.item.completions) == 2]
+    items = [examples[i].item for i in preferred]
+    if cfg.dpo.reference == "teacher":
+        found = teacher.likelihood(context, [pair_set.pairs[i] for i in preferred], items)
+    else:
+        arm = Arm("base") if cfg.dpo.reference == "base" else last
+        with arm.on(context.base) as asked:
+            found = item_logprobs(asked, arm.vectors, items, cfg.row_tokens)
+    reference = torch.full((len(examples), 2), torch.nan)
+    reference[preferred] = found.cpu()
+    return reference
