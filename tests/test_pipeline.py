@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_run import DROP, composed, overrides
+from tiny_run import DROP, composed, overrides, without_costs
 
 from policypatch.errors import PolicyPatchError
-from policypatch.evaluate.scorecard import COST, Row, Scorecard
+from policypatch.evaluate.scorecard import Scorecard
 from policypatch.files.atomic import read_jsonl
 from policypatch.patch import artifact
 from policypatch.pipeline import run
@@ -36,11 +36,6 @@ def go(tiny_base_folder: Path, tmp_path: Path):
         return run(composed(arguments), tmp_path / name, "patch.length=3", arguments)
 
     return start
-
-
-def without_costs(card: Scorecard) -> list[Row]:
-    """What repeats exactly: times do not."""
-    return [row for row in card if row.risk != COST]
 
 
 def refused(go, *words: str, folder: Path, **changes) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from policypatch.evaluate.judges.base import BaseJudge
+from policypatch.evaluate.scorecard import COST, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("harbour", "evening", "train", "quiet", "office", "map", "valley", "neighbour", "opinion", "winter", "river")
@@ -167,6 +168,11 @@ SECTIONS = {
     "harmfulness": _harmfulness,
     "custom": _custom,
 }
+
+
+def without_costs(card: list[Row]) -> list[Row]:
+    """What repeats exactly: times do not."""
+    return [row for row in card if row.risk != COST]
 
 
 def composed(arguments: list[str]) -> DictConfig:
