@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_run import DROP, composed, overrides
+from tiny_run import DROP, composed, overrides, without_costs
 
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.scorecard import Scorecard
@@ -48,7 +48,7 @@ def go(tiny_base_folder: Path, tmp_path: Path):
 
     def start(risk: str, name: str = "run", /, base: Path = tiny_base_folder, **changes) -> Scorecard:
         arguments = overrides(base, tmp_path, risk, **changes)
-        return run(composed(arguments), tmp_path / name, "", arguments)
+        return without_costs(run(composed(arguments), tmp_path / name, "", arguments))
 
     return start
 

@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from policypatch.evaluate.judges.base import BaseJudge
-from policypatch.evaluate.scorecard import COST, Row
+from policypatch.evaluate.scorecard import COST, Row, Scorecard
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("harbour", "evening", "train", "quiet", "office", "map", "valley", "neighbour", "opinion", "winter", "river")
@@ -170,9 +170,9 @@ SECTIONS = {
 }
 
 
-def without_costs(card: list[Row]) -> list[Row]:
+def without_costs(card: list[Row]) -> Scorecard:
     """What repeats exactly: times do not."""
-    return [row for row in card if row.risk != COST]
+    return Scorecard(row for row in card if row.risk != COST)
 
 
 def composed(arguments: list[str]) -> DictConfig:
