@@ -209,8 +209,7 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         raise PolicyPatchError(f"{swept[0].key_or_group} has several values: add -m for a sweep over them")
     plain = [o.input_line or "" for o in overrides if o not in swept]
     try:
-        chosen = [o.input_line or "" for o in overrides if o not in swept and (o.is_add() or _is_choice(o))]
-        from_files = _sweeps_of_files(chosen, {o.key_or_group for o in overrides})
+        from_files = _sweeps_of_files(overrides) if any(o.is_add() for o in overrides) else []
         if from_files and not multirun:
             raise PolicyPatchError(f"{from_files[0].key_or_group} is swept by the experiment: add -m")
         overrides, swept = [*overrides, *from_files], [*swept, *from_files]
@@ -225,12 +224,14 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         raise PolicyPatchError(f"a file of conf/ is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _sweeps_of_files(chosen: Sequence[str], given: Collection[str]) -> list[Override]:
+def _sweeps_of_files(overrides: Sequence[Override]) -> list[Override]:
     """What an experiment sweeps (`hydra.sweeper.params`); a key that the command line has, too, is that one's."""
-    hydra_cfg = compose("config", overrides=list(chosen), return_hydra_config=True).hydra
+    chosen = [o for o in overrides if not o.is_sweep_override() and (o.is_add() or _is_choice(o))]
+    hydra_cfg = compose("config", overrides=[o.input_line or "" for o in chosen], return_hydra_config=True).hydra
     params = OmegaConf.to_container(hydra_cfg.sweeper.get("params") or OmegaConf.create({}))
     assert isinstance(params, dict)
     found = _parse([f"{key!s}={value!s}" for key, value in params.items()])
+    given = {o.key_or_group for o in overrides}
     return [o for o in found if o.key_or_group not in given]
 
 

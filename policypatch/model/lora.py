@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,6 +24,9 @@ from policypatch.files.atomic import atomic_folder
 from policypatch.model.backbone import PrefixBackbone, is_adapter
 from policypatch.model.base import Base
 from policypatch.model.tree import Tree
+
+if TYPE_CHECKING:  # peft takes seconds to import, and a run without LoRA has no use for it
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"  # peft's name for the only adapter of a model
 PREFIX = "base_model.model."  # what peft's files write before the names of a model's modules
@@ -62,6 +64,9 @@ class LoRA:
     """
 
     def __init__(self, base: Base, settings: LoRASettings, seed: int):
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
         if any(isinstance(module, LoraLayer) for module in base.model.modules()):
             raise PolicyPatchError(f"{base.identity.id} has LoRA adapters already: remove them first")
         targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
@@ -80,7 +85,9 @@ class LoRA:
             except ValueError as error:
                 raise PolicyPatchError(f"lora.targets is {settings.targets!r}: {error}") from error
         self.model: PreTrainedModel = base.model.eval()
-        self.layers = {name: m for name, m in base.model.named_modules() if isinstance(m, LoraLayer)}
+        self.layers: dict[str, LoraLayer] = {
+            name: m for name, m in base.model.named_modules() if isinstance(m, LoraLayer)
+        }
         self.parameters = {name: p for name, p in base.model.named_parameters() if is_adapter(name)}
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()  # peft takes the base's dtype; what is trained stays float32
