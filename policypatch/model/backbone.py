@@ -8,6 +8,7 @@ The patch is P vectors of the embedding width, fed as input embeddings before ev
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,10 @@ class PrefixBackbone(nn.Module):
         if probe.device != self.model.device and getattr(self.model, "hf_device_map", None) is None:
             self.model.to(probe.device)
         return self
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """For as long as many forwards follow each other: whatever need not be done for each of them is done once."""
+        return nullcontext()
 
     def tree(self, items: list[Item]) -> Tree:
         """Pack items for this backbone, on its device."""

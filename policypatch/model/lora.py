@@ -7,8 +7,8 @@ copy of the weights. The backbone below trains them through the same tree, stage
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -91,25 +91,27 @@ class LoRA:
         self.parameters = {name: p for name, p in base.model.named_parameters() if is_adapter(name)}
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()  # peft takes the base's dtype; what is trained stays float32
-        self.enable(False)
-
-    def enable(self, on: bool = True) -> None:
-        """Switch all adapters on or off."""
-        self._switch([on] * len(self.layers))
+        self._switch(False)
 
     @contextmanager
     def enabled(self, on: bool = True) -> Iterator[None]:
-        """The same for as long as the block lasts."""
-        before = [not layer.disable_adapters for layer in self.layers.values()]
-        self.enable(on)
+        """The adapters are on, or off, for as long as the block lasts.
+
+        A switch takes milliseconds (peft walks all layers): what computes many times in a row is put into one block.
+        """
+        before = not next(iter(self.layers.values())).disable_adapters  # all layers are switched together
+        if on == before:
+            yield
+            return
+        self._switch(on)
         try:
             yield
         finally:
             self._switch(before)
 
-    def _switch(self, on: Sequence[bool]) -> None:
-        for layer, wanted in zip(self.layers.values(), on, strict=True):
-            layer.enable_adapters(wanted)
+    def _switch(self, on: bool) -> None:
+        for layer in self.layers.values():
+            layer.enable_adapters(on)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)  # peft takes it away from what is off, also from a graph made before
 
@@ -219,6 +221,10 @@ class LoRABackbone(PrefixBackbone):
     def lora(self) -> LoRA:
         """The adapters."""
         return self._lora[0]
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """The adapters stay on between forwards."""
+        return self.lora.enabled()
 
     def hidden(self, tree: Tree) -> Tensor:
         """With the adapters on."""

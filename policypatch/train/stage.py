@@ -126,7 +126,7 @@ def run_stage(
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         start = time.monotonic()
         try:
-            with peak_memory(device) as peak:
+            with peak_memory(device) as peak, module.backbone.at_work():
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         finally:
             torch.use_deterministic_algorithms(False)  # a setting of the whole process, which sampling on a GPU refuses

@@ -109,6 +109,24 @@ def test_the_divergence_is_from_the_base_without_adapters(tiny_base: Base, lora:
     torch.testing.assert_close(backbone.divergence(tree), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_within_a_block_of_work_nothing_is_switched(tiny_base: Base, lora: LoRA, monkeypatch):
+    """Forwards in a row do not each walk all layers twice; the base in between does, and after it they are on again."""
+    backbone = LoRABackbone(lora)
+    tree = backbone.tree(ITEMS)
+    expected, off = backbone.sequence_logprobs(tree).detach(), plain(tiny_base)
+    switched: list[bool] = []
+    switch = lora._switch
+    monkeypatch.setattr(lora, "_switch", lambda on: switched.append(on) or switch(on))
+    with backbone.at_work():
+        for _ in range(3):
+            assert torch.equal(backbone.sequence_logprobs(tree), expected)
+        assert switched == [True]
+        backbone.divergence(tree)
+        assert switched == [True, False, True]
+    assert switched == [True, False, True, False]
+    assert torch.equal(plain(tiny_base), off)
+
+
 def test_a_state_is_kept_while_training_goes_on(tiny_base: Base, lora: LoRA):
     state = lora.state()
     with state.applied():
