@@ -56,7 +56,7 @@ def trained_arms(
             with tracker.job("sft") as job:
                 job.reads(folder / "pairs.jsonl", pair_set.counts)
                 run_stage(sft, data, cfg.sft, cfg.trainer, folder, job.loggers())
-            arms.append(method.arm("sft"))
+            arms.append(method.arm("sft", backbone))
     if cfg.dpo.enabled:
         with clock("dpo"):
             reference = _reference(cfg, context, arms[-1], ready.teacher, pair_set, examples)
@@ -66,7 +66,7 @@ def trained_arms(
             with tracker.job("dpo") as job:
                 job.reads(folder / "pairs.jsonl", pair_set.counts)
                 run_stage(dpo, data, cfg.dpo, cfg.trainer, folder, job.loggers())
-            arms.append(method.arm(method.name))
+            arms.append(method.arm(method.name, backbone))
     return pair_set
 
 

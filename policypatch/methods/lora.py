@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from policypatch.errors import Number, PolicyPatchError
 from policypatch.methods.method import Trained
 from policypatch.model.arm import Arm
+from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
 from policypatch.model.lora import LoRA, LoRABackbone, LoRASettings
 
@@ -38,10 +39,11 @@ class LoRAMethod(Trained):
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise PolicyPatchError(f"lora.targets names {target}, which {base.identity.id} has no layer of")
 
-    def _start(self, base: Base, seed: int, row_tokens: int) -> LoRABackbone:
+    def start(self, base: Base, seed: int, row_tokens: int) -> LoRABackbone:
+        """The base with adapters that change nothing yet."""
         return LoRABackbone(LoRA(base, self.settings, seed), row_tokens)
 
-    def arm(self, name: str) -> Arm:
+    def arm(self, name: str, backbone: PrefixBackbone) -> Arm:
         """The adapters as they are now."""
-        assert isinstance(self.backbone, LoRABackbone)
-        return Arm(name, lora=self.backbone.lora.state())
+        assert isinstance(backbone, LoRABackbone)
+        return Arm(name, lora=backbone.lora.state())

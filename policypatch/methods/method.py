@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from policypatch.data.teachers import Teacher
-from policypatch.errors import PolicyPatchError
 from policypatch.model.arm import Arm
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
@@ -35,35 +34,21 @@ class Untrained(Method, ABC):
 
 
 class Trained(Method, ABC):
-    """A method whose tensors both stages train."""
-
-    _backbone: PrefixBackbone | None = None
+    """A method whose tensors both stages train, in a backbone of its own."""
 
     def check(self, base: Base) -> None:
         """Refuse a base that the method cannot be trained on, before anything costs time."""
 
     @abstractmethod
-    def _start(self, base: Base, seed: int, row_tokens: int) -> PrefixBackbone:
-        """The base with what is trained, as it is before training."""
-
     def start(self, base: Base, seed: int, row_tokens: int) -> PrefixBackbone:
-        """Put what is trained on the base; both stages train the backbone that this returns.
+        """The base with what is trained, as it is before training.
 
         Args:
             base: the frozen base.
             seed: of starting values that are drawn.
             row_tokens: see `build_tree`.
         """
-        self._backbone = self._start(base, seed, row_tokens)
-        return self._backbone
-
-    @property
-    def backbone(self) -> PrefixBackbone:
-        """What `start` returned. Raises PolicyPatchError before it."""
-        if self._backbone is None:
-            raise PolicyPatchError(f"method {self.name} has not been started")
-        return self._backbone
 
     @abstractmethod
-    def arm(self, name: str) -> Arm:
-        """What the training has come to by now, kept as it is while the training goes on."""
+    def arm(self, name: str, backbone: PrefixBackbone) -> Arm:
+        """What the training of a backbone that `start` made has come to, kept as it is while the training goes on."""

@@ -35,9 +35,10 @@ class PatchMethod(Trained):
             return initialise.from_vocab(base.embedding, self.length, seed)
         return initialise.from_random(base.embedding, self.length, seed, self.init["scale"])
 
-    def _start(self, base: Base, seed: int, row_tokens: int) -> PrefixBackbone:
+    def start(self, base: Base, seed: int, row_tokens: int) -> PrefixBackbone:
+        """The base behind the vectors as they begin."""
         return PrefixBackbone(base.model, self.vectors(base, seed), row_tokens)
 
-    def arm(self, name: str) -> Arm:
+    def arm(self, name: str, backbone: PrefixBackbone) -> Arm:
         """The vectors as they are now."""
-        return Arm(name, self.backbone.patch.detach().clone())
+        return Arm(name, backbone.patch.detach().clone())

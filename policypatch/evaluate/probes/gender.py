@@ -42,7 +42,9 @@ class NextWordProbe:
             with arm.on(bench.base) as base:
                 return next_word_mass(base, arm.vectors, prompts, words)
 
-        mass = array("word_mass", {"arm": bench.about(arm), "prompts": list(self.prompts), "words": words}, make)
+        mass = array(
+            "word_mass", {"arm": arm.identity(bench.base), "prompts": list(self.prompts), "words": words}, make
+        )
         male = len(self.male)
         both = np.stack([mass[:, :male].sum(1), mass[:, male:].sum(1)], 1)
         return Outcome(

@@ -51,10 +51,6 @@ class Bench:
     plan: Plan
     settings: Settings
 
-    def about(self, arm: Arm) -> dict[str, Any]:
-        """What a figure of this arm depends on beside the prompts, for a cache key."""
-        return arm.identity(self.base)
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -95,4 +91,4 @@ def text_nll(bench: Bench, arm: Arm, texts: Sequence[str]) -> np.ndarray:
         with arm.on(bench.base) as base:
             return sequence_nll(base, arm.vectors, texts, before)
 
-    return array("text_nll", {"arm": bench.about(arm), "texts": list(texts)}, make)
+    return array("text_nll", {"arm": arm.identity(bench.base), "texts": list(texts)}, make)

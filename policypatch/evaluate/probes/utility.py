@@ -54,7 +54,7 @@ class BenignKLProbe:
         def make() -> np.ndarray:
             return np.zeros(len(self.prompts)) if arm.is_base else _kl(bench, arm, made)
 
-        values = array("divergence", {"arm": bench.about(arm), "responses": made.key}, make)
+        values = array("divergence", {"arm": arm.identity(bench.base), "responses": made.key}, make)
         return Outcome([filled("kl_benign", None, MeanValue(), torch.from_numpy(values))])
 
 
