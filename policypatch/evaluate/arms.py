@@ -44,7 +44,8 @@ def evaluate_arms(
         for probes, measured_arms, filters in ((own, arms, filter_judges), (others, ends, ())):
             for probe in probes:
                 log.info("%s, %s", probe.risk, probe.split)
-                outcomes = {arm.name: probe.measure(bench, arm) for arm in measured_arms}
+                asked = [arm for arm in measured_arms if arm.has_likelihood or not probe.reads_probabilities]
+                outcomes = {arm.name: probe.measure(bench, arm) for arm in asked}
                 rows += _rows(outcomes, probe, filters, bench)
                 samples += [row for outcome in outcomes.values() for row in outcome.samples]
     finally:  # what was measured before a probe failed is not lost

@@ -26,6 +26,7 @@ class Told:
     risk: str
     split: str
     chat: bool = False
+    reads_probabilities: bool = False
     fails_on: str | None = None
     asked: list[str] = field(default_factory=list)
 
@@ -99,6 +100,14 @@ def test_the_patch_is_the_last_arm_also_where_a_stage_was_left_out(evaluate):
     other = Told("utility", "y")
     assert order(evaluate([Told("toxicity", "rtp")], [other], arms))[-1] == ("utility", "y", "sft")
     assert other.asked == ["base", "sft"]
+
+
+def test_an_arm_without_likelihoods_is_not_asked_for_them(bench, tmp_path: Path):
+    arms = [Arm("base"), Arm("teacher", best_of=3, chosen_by=("one",))]
+    reads, writes = Told("toxicity", "read", reads_probabilities=True), Told("toxicity", "written")
+    card = evaluate_arms(bench, [reads, writes], [], (), arms, tmp_path / "run")
+    assert reads.asked == ["base"] and writes.asked == ["base", "teacher"]
+    assert {(row.split, row.arm) for row in card} == {("read", "base"), ("written", "base"), ("written", "teacher")}
 
 
 def test_an_arm_without_likelihoods_lacks_their_figures_and_no_others(evaluate):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from policypatch.evaluate.arms import evaluate_arms
 from policypatch.evaluate.probes import (
     BenignKLProbe,
     CrowsPairsProbe,
@@ -198,8 +199,9 @@ def test_adapters_are_measured_against_the_base_without_them(bench):
     ],
     ids=lambda probe: type(probe).__name__,
 )
-def test_what_has_no_likelihood_has_no_figures_of_it(probe, bench):
-    assert probe.measure(bench, Arm("teacher", best_of=3, chosen_by=("one",))).measured == []
+def test_what_has_no_likelihood_has_no_figures_of_it(probe, bench, tmp_path):
+    arms = [Arm("base"), Arm("teacher", best_of=3, chosen_by=("one",))]
+    assert {row.arm for row in evaluate_arms(bench, [probe], [], (), arms, tmp_path)} == {"base"}
 
 
 def test_another_models_divergence_is_not_taken(bench):

@@ -30,11 +30,10 @@ class NextWordProbe:
     female: Sequence[str]
     risk: str = "gender_bias"
     chat: bool = False
+    reads_probabilities: bool = True
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """The mass on either list behind each prompt."""
-        if not arm.has_likelihood:
-            return Outcome([])
         words = [*self.male, *self.female]
 
         def make() -> np.ndarray:
@@ -64,11 +63,10 @@ class CrowsPairsProbe:
     less: Sequence[str]
     risk: str = "gender_bias"
     chat: bool = False
+    reads_probabilities: bool = True
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """Log-likelihood of both sentences of each pair."""
-        if not arm.has_likelihood:
-            return Outcome([])
         nll = text_nll(bench, arm, [*self.more, *self.less])[:, 0]
         both = -np.stack([nll[: len(self.more)], nll[len(self.more) :]], 1)
         return Outcome([filled("crows_pairs", None, StereotypePreference(), torch.from_numpy(both))])

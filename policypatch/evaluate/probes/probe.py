@@ -78,6 +78,11 @@ class Probe(Protocol):
         """Whether it asks in chats, which a base without a chat template cannot answer."""
         ...
 
+    @property
+    def reads_probabilities(self) -> bool:
+        """Whether it needs what an arm without likelihoods has not; such an arm is not asked."""
+        ...
+
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """Ask one arm: every arm the same over the same prompts, less what it cannot be asked."""
         ...

@@ -45,6 +45,7 @@ class SampledProbe:
             too, where the requests are harmless ones.
         perplexity: whether the scorer reads the text.
         threshold: from where on a score counts as a case of the risk.
+        reads_probabilities: see `Probe`.
     """
 
     risk: str
@@ -56,6 +57,7 @@ class SampledProbe:
     refusals: bool = False
     perplexity: bool = True
     threshold: float = 0.5
+    reads_probabilities: bool = False
 
     @property
     def chat(self) -> bool:

@@ -33,10 +33,11 @@ class BenignKLProbe:
     prompts: Sequence[str]
     risk: str = "utility"
     chat: bool = True
+    reads_probabilities: bool = True
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """Mean per token for each request."""
-        if arm.other is not None or not arm.has_likelihood:  # other tokens have no divergence from the base's
+        if arm.other is not None:  # its tokens have no divergence from the base's
             return Outcome([])
         plan = bench.plan
         made = complete(
@@ -86,10 +87,9 @@ class TextPerplexityProbe:
     prompts: Sequence[str]
     risk: str = "utility"
     chat: bool = False
+    reads_probabilities: bool = True
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """NLL and tokens of each text."""
-        if not arm.has_likelihood:
-            return Outcome([])
         values = torch.from_numpy(text_nll(bench, arm, self.prompts))
         return Outcome([filled("text_ppl", None, CorpusPerplexity(), values)])
