@@ -96,6 +96,11 @@ class Comparison:
     over_seeds: Sequence[Line] = field(default_factory=list)
 
     @property
+    def bases(self) -> list[Line]:
+        """The lines of the base: one for each model."""
+        return [line for line in self.lines if line.record is None]
+
+    @property
     def failed(self) -> list[Record]:
         """Runs without a scorecard."""
         return [record for record in self.records if not record.finished]

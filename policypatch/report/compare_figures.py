@@ -13,6 +13,7 @@ from policypatch.evaluate.scorecard import COST
 from policypatch.report.compare import Column, Comparison, Line, heading, label
 from policypatch.report.drawing import INK, LINE, MUTED, ArmStyle, Panel, arm_styles, as_svg, new_axes
 from policypatch.report.metrics import is_risk
+from policypatch.report.scorecard import UTILITY
 from policypatch.report.wording import is_number
 
 BARS = 12  # more would be lines of text that cannot be read
@@ -21,8 +22,7 @@ FLUENCY = ("ppl_median", "over_refusal", "benign_refusal", "text_ppl")  # what s
 
 def panels(found: Comparison) -> list[Panel]:
     """Every figure that suits: a metric against a number, bars for a choice, the frontier, sizes and times."""
-    bases = [line for line in found.lines if line.name == "base"]
-    base = bases[0] if len(bases) == 1 else None  # of several models none is everyone's
+    base = found.bases[0] if len(found.bases) == 1 else None  # of several models none is everyone's
     lines = [line for line in found.over_seeds or found.lines if line.arm != "base"]
     keys = [key for key in found.keys if key != "seed"]
     shown = _figures_of(found, lines)
@@ -34,7 +34,7 @@ def panels(found: Comparison) -> list[Panel]:
         rest = [k for k in keys if k != key]
         drawn += [_against(key, rest, column, lines, base) for column in shown]
     if keys and not numeric and len(lines) <= BARS:
-        drawn += [_bars(column, lines, keys, base) for column in shown]
+        drawn += [_bars(column, lines, keys, _value(base, column)) for column in shown]
     risk, cost = shown[0], next((c for name in FLUENCY for c in shown if c.metric == name), None)
     if cost is not None and len(lines) > 2 and is_risk(risk.metric):
         drawn.append(_scatter(cost, risk, lines, keys, base, "frontier: lower left is best"))
@@ -53,11 +53,7 @@ def _cost_panels(
         drawn.append(_scatter(sizes, risk, trained, keys, base, "risk against size", log=True))
     if len({line.arm for line in lines}) > 1:
         times = [c for c in found.columns if c.risk == COST and "_ratio" in c.metric]
-        drawn += [
-            _bars(column, [line for line in lines if column in line.cells], keys, None, 1.0)
-            for column in times
-            if any(column in line.cells for line in lines)
-        ]
+        drawn += [_bars(c, lines, keys, 1.0) for c in times if any(c in line.cells for line in lines)]
     return drawn
 
 
@@ -68,7 +64,7 @@ def _figures_of(found: Comparison, lines: Sequence[Line]) -> list[Column]:
         return []
     first = present[0]
     risk = [c for c in present if (c.risk, c.split, c.metric) == (first.risk, first.split, first.metric)][:2]
-    bought = [c for name in FLUENCY for c in present if c.metric == name and c.risk in (first.risk, "utility")]
+    bought = [c for name in FLUENCY for c in present if c.metric == name and c.risk in (first.risk, UTILITY)]
     distinct = {c.metric: c for c in reversed(bought)}
     return [*risk, *(distinct[name] for name in FLUENCY if name in distinct)][:4]
 
@@ -104,10 +100,8 @@ def _against(key: str, rest: Sequence[str], column: Column, lines: Sequence[Line
     return _panel(figure, column, f"by {key}: " + "; ".join(told), styles)
 
 
-def _bars(
-    column: Column, lines: Sequence[Line], keys: Sequence[str], base: Line | None, at: float | None = None
-) -> Panel:
-    """A bar for each line, in the colour of its arm."""
+def _bars(column: Column, lines: Sequence[Line], keys: Sequence[str], base: float | None) -> Panel:
+    """A bar for each line, in the colour of its arm; dashed where the base is."""
     figure, axes = new_axes()
     lines = [line for line in lines if column in line.cells]
     styles = arm_styles([line.arm for line in lines])
@@ -122,11 +116,8 @@ def _bars(
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=LINE, lw=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    if base is not None and column in base.cells:
-        axes.axvline(base.cells[column]["value"], color=MUTED, lw=1, ls=(0, (2, 2)))
-        axes.set_xlabel("dashed: base", color=MUTED)
-    if at is not None:
-        axes.axvline(at, color=MUTED, lw=1, ls=(0, (2, 2)))
+    if base is not None:
+        axes.axvline(base, color=MUTED, lw=1, ls=(0, (2, 2)))
         axes.set_xlabel("dashed: base", color=MUTED)
     told = ", ".join(f"{name} {line.cells[column]['value']:.3g}" for name, line in zip(names, lines, strict=True))
     return _panel(figure, column, told, list(styles.values()))
@@ -181,9 +172,13 @@ def _curve(axes: Axes, xs: Sequence[float], rows: Sequence[Any], style: ArmStyle
             axes.plot([x, x], [row["low"], row["high"]], color=style.colour, lw=1, alpha=0.6)
 
 
+def _value(line: Line | None, column: Column) -> float | None:
+    return None if line is None or column not in line.cells else float(line.cells[column]["value"])
+
+
 def _base_line(axes: Axes, column: Column, base: Line | None) -> None:
-    if base is not None and column in base.cells:
-        axes.axhline(base.cells[column]["value"], color=MUTED, lw=1, ls=(0, (2, 2)), zorder=1)
+    if (value := _value(base, column)) is not None:
+        axes.axhline(value, color=MUTED, lw=1, ls=(0, (2, 2)), zorder=1)
 
 
 def _from_zero(axes: Axes, column: Column) -> None:

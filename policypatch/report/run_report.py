@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from policypatch.errors import PolicyPatchError
@@ -21,8 +20,23 @@ from policypatch.report.costs import cost_label, cost_text, load_text
 from policypatch.report.drawing import arm_styles
 from policypatch.report.figures import CUTOFF, loss_curves, score_distributions
 from policypatch.report.headline import own_sentences, verdict
+from policypatch.report.page import render
 from policypatch.report.samples import by_split, sections, worst_scores
 from policypatch.report.side_effects import side_effects
+
+FILTERS = {
+    "readable": scorecard.readable,
+    "number": wording.number,
+    "bound": wording.bound,
+    "p_text": wording.p_text,
+    "is_number": wording.is_number,
+    "seconds": view.duration,
+    "score_text": view.score_text,
+    "cost_label": cost_label,
+    "cost_text": cost_text,
+    "load_text": load_text,
+}
+FUNCTIONS = {"delta_of": scorecard.delta_of, "effect_of": scorecard.effect_of, "arrow": wording.arrow}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -46,74 +60,44 @@ def write_report(run_dir: Path) -> Path:
     first = next(iter(by_split(samples, own)), None)
     shown = sections(samples, own, arms, final, threshold, bool(view.get(config, "risk.chat")))
     level = view.number_at(config, "evaluate.level", scorecard.LEVEL)
-    html = (
-        _environment()
-        .get_template("run.html")
-        .render(
-            title=view.title(config, run_dir.name),
-            own_sentences=own_sentences(rows, level),
-            verdict=verdict(rows, level),
-            side_effects=side_effects(rows, level),
-            facts=view.facts(config, run, manifest),
-            arms=arms,
-            styles=arm_styles(arms),
-            final=final,
-            groups=own,
-            others=scorecard.by_risk(others),
-            costs=scorecard.costs_of(rows),
-            own_arms=_arms_in(own),
-            other_arms=_arms_in(others),
-            any_filter=any(row.get("filter") for row in rows),
-            any_bound=any(wording.is_number(row.get("upper")) for row in rows),
-            losses=loss_curves(metrics),
-            distributions=score_distributions(worst_scores(first[1], arms) if first else {}, threshold),
-            sections=shown,
-            cutoff=threshold,
-            level=wording.percent(level),
-            numeric_level=level,
-            alpha=f"{1 - level:.6g}",
-            config_text=(run_dir / "config.yaml").read_text(encoding="utf-8"),
-            manifest=view.flat(manifest),
-            versions=run.get("versions") or {},
-            pairs=view.flat(run.get("pairs") or {}),
-            cache=run.get("cache") or {},
-            command=run.get("command"),
-            started=run.get("started"),
-            timings=view.timings(run.get("seconds") or {}),
-        )
+    html = render(
+        "run.html",
+        FILTERS,
+        FUNCTIONS,
+        title=view.title(config, run_dir.name),
+        own_sentences=own_sentences(rows, level),
+        verdict=verdict(rows, level),
+        side_effects=side_effects(rows, level),
+        facts=view.facts(config, run, manifest),
+        arms=arms,
+        styles=arm_styles(arms),
+        final=final,
+        groups=own,
+        others=scorecard.by_risk(others),
+        costs=scorecard.costs_of(rows),
+        own_arms=_arms_in(own),
+        other_arms=_arms_in(others),
+        any_filter=any(row.get("filter") for row in rows),
+        any_bound=any(wording.is_number(row.get("upper")) for row in rows),
+        losses=loss_curves(metrics),
+        distributions=score_distributions(worst_scores(first[1], arms) if first else {}, threshold),
+        sections=shown,
+        cutoff=threshold,
+        level=wording.percent(level),
+        numeric_level=level,
+        alpha=f"{1 - level:.6g}",
+        config_text=(run_dir / "config.yaml").read_text(encoding="utf-8"),
+        manifest=view.flat(manifest),
+        versions=run.get("versions") or {},
+        pairs=view.flat(run.get("pairs") or {}),
+        cache=run.get("cache") or {},
+        command=run.get("command"),
+        started=run.get("started"),
+        timings=view.timings(run.get("seconds") or {}),
     )
     path = run_dir / "report.html"
-    # A model can write half a surrogate pair, for which UTF-8 has no form.
-    write_text(path, html.encode("utf-8", "replace").decode("utf-8"))
+    write_text(path, html)
     return path
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "readable": scorecard.readable,
-        "number": wording.number,
-        "bound": wording.bound,
-        "p_text": wording.p_text,
-        "is_number": wording.is_number,
-        "seconds": view.duration,
-        "score_text": view.score_text,
-        "cost_label": cost_label,
-        "cost_text": cost_text,
-        "load_text": load_text,
-    }
-    environment.globals |= {
-        "delta_of": scorecard.delta_of,
-        "effect_of": scorecard.effect_of,
-        "arrow": wording.arrow,
-    }
-    return environment
 
 
 def _arms_in(groups: Sequence[scorecard.Group]) -> list[str]:
