@@ -10,39 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, chromium
+from browser import IN_A_BROWSER, chromium, is_whole, measured
 
 from policypatch.report.run_report import write_report
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
-]
-
-# The page runs no script, so a page around it measures: it shows it in a frame of the width asked for.
-_PROBE = """<!doctype html><body style="margin:0">
-<iframe src="report.html" style="border:0;width:%dpx;height:900px"></iframe>
-<pre id="out"></pre><script>
-onload = () => {
-  const page = document.querySelector("iframe").contentDocument, width = page.documentElement.clientWidth;
-  for (const fold of page.querySelectorAll("details")) fold.open = true;
-  const name = (e) => `${e.tagName}.${e.getAttribute("class")}: ${e.textContent.trim().slice(0, 40)}`;
-  const wide = [...page.body.querySelectorAll("*")].filter((e) => {
-    const box = e.getBoundingClientRect();
-    return box.width > 1 && (box.right > width + 0.5 || box.left < -0.5);
-  });
-  const cut = [...page.querySelectorAll("figure svg text")].filter((e) => {
-    const box = e.getBoundingClientRect(), frame = e.ownerSVGElement.getBoundingClientRect();
-    return box.left < frame.left - 0.5 || box.right > frame.right + 0.5
-      || box.top < frame.top - 0.5 || box.bottom > frame.bottom + 0.5;
-  });
-  const style = page.defaultView.getComputedStyle(page.body);
-  document.getElementById("out").textContent = JSON.stringify({
-    width, scroll: page.documentElement.scrollWidth, wide: wide.map(name), cut: cut.map(name),
-    background: style.backgroundColor, articles: page.querySelectorAll("article").length,
-  });
-};
-</script></body>"""
+pytestmark = IN_A_BROWSER
 
 
 @pytest.fixture(params=["usual", "awkward", "whole"])
@@ -76,22 +48,10 @@ def run_dir(
 @pytest.mark.parametrize("width", [1280, 800, 400])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_nothing_sticks_out_and_nothing_is_cut(run_dir: Path, tmp_path: Path, width: int, dark: bool) -> None:
-    (run_dir / "probe.html").write_text(_PROBE % width)
-    probe = [
-        "--allow-file-access-from-files",
-        "--window-size=1400,1000",
-        "--virtual-time-budget=5000",
-        "--dump-dom",
-    ]
-    dom = chromium(tmp_path, *probe, (run_dir / "probe.html").as_uri(), dark=dark)
-    found = re.search(r'<pre id="out">(.*?)</pre>', dom, re.DOTALL)
-    assert found and found[1], "the probe did not run"
-    measured = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert measured["width"] == width
-    assert measured["articles"] in (20, 28)
-    assert measured["wide"] == [] and measured["scroll"] <= width
-    assert measured["cut"] == []
-    assert measured["background"] == ("rgb(18, 22, 27)" if dark else "rgb(255, 255, 255)")
+    more = 'return {articles: page.querySelectorAll("article").length};'
+    found = measured(run_dir / "report.html", tmp_path, width, dark, more)
+    is_whole(found, width, dark)
+    assert found["articles"] in (20, 28)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 9000), (400, 16000)])

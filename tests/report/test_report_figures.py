@@ -2,7 +2,8 @@
 
 import xml.etree.ElementTree as ET
 
-from policypatch.report.figures import arm_styles, loss_curves, score_distributions
+from policypatch.report.drawing import arm_styles
+from policypatch.report.figures import loss_curves, score_distributions
 
 
 def _metrics(stage: str, metric: str, values: list[float]) -> list[dict[str, object]]:
