@@ -23,7 +23,7 @@ from rich.console import Console
 
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_json
-from policypatch.report.compare import compare
+from policypatch.report.compare import compare, say
 from policypatch.report.compare_figures import FLUENCY
 from policypatch.report.scorecard import UTILITY, Row, final_arm, groups_of, headline_line
 
@@ -66,9 +66,8 @@ def tune(
         return aims(read_json(folder / "scorecard.json"))
 
     study.optimize(objective, n_trials=max(0, trials - len(done)), catch=(subprocess.CalledProcessError,))
-    found = compare([out], out)
+    say(compare([out], out), out)
     console = Console(soft_wrap=True)
-    console.print(found.summary(), markup=False, highlight=False)
     console.print("no other run is better in both:")
     for trial in sorted(study.best_trials, key=lambda trial: trial.values):
         settings = ", ".join(f"{key}={value}" for key, value in trial.params.items())

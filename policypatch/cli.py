@@ -56,16 +56,14 @@ def compare(
 ) -> None:
     """Put runs side by side: compare.html, compare.csv and compare.md."""
     from policypatch.report.compare import compare as compared
+    from policypatch.report.compare import say
 
     target = out or folders[0]
     try:
-        found = compared(folders, target)
+        say(compared(folders, target), target)
     except PolicyPatchError as error:
         sys.stderr.write(f"error: {error}\n")
         raise typer.Exit(2) from None
-    console = Console(soft_wrap=True)
-    console.print(found.summary(), markup=False, highlight=False)
-    console.print(f"{target / 'compare.html'}", markup=False, highlight=False)
 
 
 def measured(model: bool = True) -> dict[str, list[dict[str, Any]]]:

@@ -77,7 +77,7 @@ CHOICES = {
     "logger.kind": ("wandb", "csv"),
     "trainer.accelerator": ("cpu", "gpu"),
 }
-WANDB_MODES = ("offline", "online", "shared", "disabled")
+OPTIONAL_CHOICES = {"logger.mode": ("offline", "online", "shared", "disabled")}
 PATTERNS = {
     "name": (
         r"(?!\.+(/|$))[A-Za-z0-9._-]+(/(?!\.+(/|$))[A-Za-z0-9._-]+)*",
@@ -106,10 +106,10 @@ def check(cfg: DictConfig) -> None:
         if (value := OmegaConf.select(cfg, key, default=_ABSENT)) is not _ABSENT:
             number.check(key, value)
     for key, allowed in CHOICES.items():
-        if OmegaConf.select(cfg, key) not in allowed:
-            raise PolicyPatchError(f"{key} is {OmegaConf.select(cfg, key)!r}: choose {', '.join(allowed)}")
-    if cfg.logger.kind == "wandb" and cfg.logger.mode not in WANDB_MODES:
-        raise PolicyPatchError(f"logger.mode is {cfg.logger.mode!r}: choose {', '.join(WANDB_MODES)}")
+        _check_choice(key, OmegaConf.select(cfg, key), allowed)
+    for key, allowed in OPTIONAL_CHOICES.items():
+        if (value := OmegaConf.select(cfg, key, default=_ABSENT)) is not _ABSENT:
+            _check_choice(key, value, allowed)
     for key, (pattern, what) in PATTERNS.items():
         value = OmegaConf.select(cfg, key)
         if value is None or not re.fullmatch(pattern, str(value), re.ASCII):
@@ -138,6 +138,11 @@ def check(cfg: DictConfig) -> None:
         )
     for key, kind in _sections(cfg).items():
         _check_section(cfg, key, kind)
+
+
+def _check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise PolicyPatchError(f"{key} is {value!r}: choose {', '.join(allowed)}")
 
 
 def _sections(cfg: DictConfig) -> dict[str, type]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from policypatch.errors import ForeignFolder, PolicyPatchError
-from policypatch.files.atomic import write_json, write_text
+from policypatch.files.atomic import read_json, write_json, write_text
 from policypatch.report.records import FAILED, REFUSED
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def job(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str], at_
             torch.cuda.empty_cache()
 
 
-class Comparison(Callback):
+class CompareAtEnd(Callback):
     """Hydra's callback that writes `compare.html`, `.csv` and `.md` into a sweep's folder once its jobs are done.
 
     The process then ends with exit status 1 if any of them failed.
@@ -75,14 +75,13 @@ class Comparison(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Compare what there is."""
-        from policypatch.report.compare import compare
+        from policypatch.report.compare import compare, say
 
         folder = Path(config.hydra.sweep.dir)
         jobs = [Path(line) for line in Path(os.environ.pop(LIST)).read_text("utf-8").splitlines()]
         refused = [job for job in jobs if (job / REFUSED).is_file()]
-        console = Console(soft_wrap=True)
         for job in refused:
-            console.print(f"refused: {job.name}: {_refusal(job)}", markup=False, highlight=False)
+            Console(soft_wrap=True).print(f"refused: {job.name}: {_refusal(job)}", markup=False, highlight=False)
         try:
             comparison = compare([job for job in jobs if job not in refused] or [folder], folder)
         except PolicyPatchError as error:
@@ -90,16 +89,13 @@ class Comparison(Callback):
         except Exception:  # Hydra would make a warning of it, and the sweep would look well
             log.exception("the comparison failed")
             sys.exit(1)
-        console.print(comparison.summary(), markup=False, highlight=False)
-        console.print(str(folder / "compare.html"), markup=False, highlight=False)
+        say(comparison, folder)
         if comparison.failed or refused:
             sys.exit(1)
 
 
 def _refusal(folder: Path) -> str:
     """Why a job was refused; the note goes with it."""
-    from policypatch.files.atomic import read_json
-
     message = str(read_json(folder / REFUSED).get("message"))
     (folder / REFUSED).unlink()
     return message

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.scorecard import COST
 from policypatch.files.atomic import write_text
@@ -139,6 +141,11 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
     write_text(out / "compare.md", markdown(found))
     write_text(out / "compare.html", page(found, out))
     return found
+
+
+def say(found: Comparison, out: Path) -> None:
+    """What was compared and where it stands, on the terminal."""
+    Console(soft_wrap=True).print(f"{found.summary()}\n{out / 'compare.html'}", markup=False, highlight=False)
 
 
 def comparison(records: Sequence[Record]) -> Comparison:
