@@ -119,10 +119,10 @@ def drawn(points: Sequence[Mapping[str, Any]], x: str, y: str, judge: str) -> Fi
     axes = figure.subplots()
     for number, point in enumerate(points, 1):
         at = point["x"]["value"], point["y"]["value"]
-        bars = {f"{a}err": [[p["value"] - p["low"]], [p["high"] - p["value"]]] for a, p in point.items() if a in "xy"}
+        xerr, yerr = ([[p["value"] - p["low"]], [p["high"] - p["value"]]] for p in (point["x"], point["y"]))
         colour = f"C{(number - 1) % 10}"
         axes.errorbar(
-            *at, **bars, fmt="o", color=colour, elinewidth=0.8, alpha=0.9, label=f"{number}  {point['label']}"
+            *at, yerr, xerr, fmt="o", color=colour, elinewidth=0.8, alpha=0.9, label=f"{number}  {point['label']}"
         )
         axes.annotate(str(number), at, xytext=(5, 5), textcoords="offset points", color=colour)
     axes.set(xlabel=f"{x.replace('_', ' ')} ({judge})", ylabel=f"{y.replace('_', ' ')} ({judge})")
