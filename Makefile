@@ -17,8 +17,9 @@ ARGS ?=
 demo: $(READY)
 	$(BIN)/python run.py name=demo $(ARGS)
 
+# A process for each core, at most four: one imports torch, and a tiny model leaves a second thread nothing to do.
 test: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
 
 slow: $(READY)
 	$(BIN)/pytest -m slow

@@ -33,9 +33,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 @app.command()
 def seeds(runs: Runs, out: Out) -> None:
-    """Every figure of base and patch in runs that differ in their seed alone: each one's, and their mean."""
+    """Every figure of base and patch in runs that differ in their seed alone: each one's, and their mean.
+
+    Some of them may be measured on fewer sets.
+    """
     settings = [settings_of(run) for run in runs]
-    unlike = sorted({key for s in settings for key in s if s.get(key) != settings[0].get(key)})
+    unlike = [key for key in sorted(set().union(*settings)) if _differs(settings, key)]
     if others := [key for key in unlike if not (key.endswith("seed") or key.startswith(MEASURED))]:
         raise PolicyPatchError(f"the runs differ in {others[0]}: give runs that differ in their seed alone")
     given = [own["seed"] for own in settings]
@@ -70,22 +73,22 @@ def frontier(
 
 
 def table_over_seeds(cards: Mapping[int, Scorecard]) -> list[dict[str, Any]]:
-    """For each figure that every card has: the base's, each seed's patch's, and the mean of these.
+    """For each figure: the base's, the patch's of each seed that has it, and the mean of these.
 
     The base is the same in all of them: its completions are drawn by `evaluate.seed`.
     """
-    first = next(iter(cards.values()))
+    bases = {_key(row): row for card in cards.values() for row in card if row.arm == "base"}
     rows = []
-    for row in first:
-        where = {key: getattr(row, key) for key in KEY}
-        if row.arm != "base":
+    for where, base in bases.items():
+        patches = {seed: [r for r in card if r.arm == "patch" and _key(r) == where] for seed, card in cards.items()}
+        figures = {
+            str(seed): {name: getattr(r, name) for name in FIGURES} for seed, found in patches.items() for r in found
+        }
+        if not figures:
             continue
-        patches = {seed: [r for r in card if r.arm == "patch" and _is(r, where)] for seed, card in cards.items()}
-        if not all(len(found) == 1 for found in patches.values()):
-            continue
-        figures = {str(seed): {name: getattr(found[0], name) for name in FIGURES} for seed, found in patches.items()}
         mean = sum(figure["value"] for figure in figures.values()) / len(figures)
-        rows.append(where | {"filter": row.filter, "n": row.n, "base": row.value, "patch": figures, "mean": mean})
+        named = dict(zip(KEY, where, strict=True))
+        rows.append(named | {"filter": base.filter, "n": base.n, "base": base.value, "patch": figures, "mean": mean})
     return rows
 
 
@@ -95,14 +98,16 @@ def print_table(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> None
     lines = [head, ["---"] * len(head)]
     for row in rows:
         judge = f"{row['judge']}{' (filtered the pairs)' if row['filter'] else ''}" if row["judge"] else ""
-        cells = [_cell(row["patch"][str(seed)]) for seed in seeds]
+        cells = [_cell(row["patch"].get(str(seed))) for seed in seeds]
         lines.append(
             [row["risk"], row["split"], row["metric"], judge, f"{row['base']:.3g}", *cells, f"{row['mean']:.3g}"]
         )
     Console(soft_wrap=True).print("\n".join(f"| {' | '.join(line)} |" for line in lines), markup=False, highlight=False)
 
 
-def _cell(figure: Mapping[str, Any]) -> str:
+def _cell(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return "–"
     mark = "*" if figure["p_value"] is not None and figure["p_value"] < 0.05 else ""
     return f"{figure['value']:.3g}{mark} ({figure['low']:.3g} to {figure['high']:.3g})"
 
@@ -141,8 +146,14 @@ def _own(card: Scorecard, metric: str, judge: str) -> Row:
     return found[0]
 
 
-def _is(row: Row, where: Mapping[str, Any]) -> bool:
-    return all(getattr(row, key) == value for key, value in where.items())
+def _differs(settings: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether a key has several values; that a run leaves a set of prompts out is none."""
+    having = [own for own in settings if key in own] if key.startswith("risk.evaluation.") else settings
+    return any(own.get(key) != having[0].get(key) for own in having)
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(getattr(row, name) for name in KEY)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,23 @@ def test_runs_of_two_settings_are_no_seeds_of_one(run, tmp_path: Path):
     assert isinstance(result.exception, PolicyPatchError) and "dpo.steps" in str(result.exception)
 
 
+def test_a_run_on_fewer_sets_leaves_its_cells_empty(run, tmp_path: Path):
+    runs = [run("s0", 0.1, seed=0, **{"risk.evaluation.scary.limit": 9}), run("s1", 0.3, seed=1)]
+    card = Scorecard.load(runs[1] / "scorecard.json")
+    Scorecard(row for row in card if row.split != "scary").save(runs[1] / "scorecard.json")
+    result = call("seeds", *runs[::-1], "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    (asr, over) = json.loads((tmp_path / "out" / "seeds.json").read_text())
+    assert (asr["mean"], over["mean"]) == (pytest.approx(0.2), pytest.approx(0.2))
+    assert "| scary | over_refusal | refusal | 0 | 0.2 (0.1 to 0.3) | – | 0.2 |" in result.stdout
+
+
+def test_a_set_measured_otherwise_is_another_setting(run, tmp_path: Path):
+    runs = [run(f"s{i}", 0.1, seed=i, **{"risk.evaluation.scary.limit": i}) for i in range(2)]
+    result = call("seeds", *runs, "--out", tmp_path / "out")
+    assert "risk.evaluation.scary.limit" in str(result.exception)
+
+
 def test_a_seed_given_twice_is_told_rather_than_dropped(run, tmp_path: Path):
     result = call("seeds", run("a", 0.1), run("b", 0.2), "--out", tmp_path / "out")
     assert isinstance(result.exception, PolicyPatchError) and "seed 0 is given twice" in str(result.exception)
