@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from policypatch.errors import ForeignFolder
 from policypatch.evaluate.arms import evaluate_arms
 from policypatch.evaluate.costs import Training, latency_rows, size_rows
 from policypatch.evaluate.measure import Settings
-from policypatch.evaluate.probes import Bench, Plan
+from policypatch.evaluate.probes import Bench
 from policypatch.evaluate.scorecard import Scorecard
 from policypatch.files.atomic import write_json, write_text
 from policypatch.files.cache import reset_counters
@@ -23,7 +24,6 @@ from policypatch.logs import quiet_libraries
 from policypatch.methods import Trained, Untrained
 from policypatch.model.arm import Arm
 from policypatch.model.latency import Load
-from policypatch.model.sampling import Sampling
 from policypatch.outcome import package, record, say
 from policypatch.prepare import Prepared, prepare
 from policypatch.progress import Clock
@@ -35,6 +35,8 @@ from policypatch.train.stage import stage_cost
 from policypatch.training import trained_arms
 
 log = logging.getLogger(__name__)
+
+AFTER_TRAINING = ("evaluate", "others", "scorer")  # top-level keys that no stage of the training reads
 
 
 def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> Scorecard:
@@ -92,15 +94,18 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
 
 
 def _refuse_foreign_folder(folder: Path, resolved: Any) -> None:
-    """Refuse a folder that holds a run of another configuration."""
+    """Refuse a folder that holds a run of another configuration.
+
+    One that did not finish may be taken up with another evaluation: its training stands.
+    """
     path = folder / "config.yaml"
-    # Where a run is logged changes nothing in it, and it may be resumed with another logger.
-    if path.is_file() and _but_logger(OmegaConf.load(path)) != _but_logger(resolved):
+    free = ("logger",) if (folder / "run.json").is_file() else ("logger", *AFTER_TRAINING)
+    if path.is_file() and _without(OmegaConf.load(path), free) != _without(resolved, free):
         raise ForeignFolder(f"{folder} holds a run of another configuration: choose another name=, or remove it")
 
 
-def _but_logger(config: Any) -> dict[str, Any]:
-    return {key: value for key, value in dict(config).items() if key != "logger"}
+def _without(config: Any, keys: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in dict(config).items() if key not in keys}
 
 
 def _measured(
@@ -108,7 +113,7 @@ def _measured(
 ) -> Scorecard:
     """Ask the first arm, the last one, and that between the stages if that is asked for; then what the last costs."""
     settings = Settings(cfg.evaluate.level, cfg.evaluate.resamples)
-    bench = Bench(ready.base, ready.scorer, cfg.scorer.name, _plan(cfg), settings)
+    bench = Bench(ready.base, ready.scorer, cfg.scorer.name, ready.plan, settings)
     asked = arms if cfg.evaluate.after_sft else [arms[0], *arms[1:][-1:]]
     with clock("evaluate"):
         scorecard = evaluate_arms(bench, ready.own, ready.others, ready.teacher.filter_judges, asked, folder)
@@ -127,18 +132,3 @@ def _loads(cfg: DictConfig) -> list[Load]:
     """What arms answer to be timed."""
     costs = cfg.evaluate.costs
     return [Load(prompt, batch) for prompt in costs.prompts for batch in costs.batches]
-
-
-def _plan(cfg: DictConfig) -> Plan:
-    """How arms are asked."""
-    evaluate = cfg.evaluate
-    return Plan(
-        evaluate.k,
-        Sampling(**evaluate.sampling),
-        evaluate.responses,
-        Sampling(**evaluate.response_sampling),
-        evaluate.seed,
-        evaluate.ppl_samples,
-        cfg.decode_rows,
-        cfg.row_tokens,
-    )

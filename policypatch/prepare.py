@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from policypatch.data.teachers import SampledTeacher, Teacher
+from policypatch.context import check_context, check_readings
+from policypatch.data.teachers import Teacher
 from policypatch.errors import PolicyPatchError
-from policypatch.evaluate.probes import Probe, SampledProbe
+from policypatch.evaluate.probes import Plan, Probe, SampledProbe
 from policypatch.methods import Method, Trained, Untrained
 from policypatch.model.base import Base, load_base
-from policypatch.model.form import PLAIN
-from policypatch.model.latency import NEW_TOKENS
+from policypatch.model.completions import check_scores
+from policypatch.model.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class Prepared:
         method: what adapts the base.
         own: probes of the risk.
         others: probes of the other risks and of utility.
+        plan: how arms are asked.
     """
 
     base: Base
@@ -44,6 +47,7 @@ class Prepared:
     method: Method
     own: list[Probe]
     others: list[Probe]
+    plan: Plan
 
 
 def prepare(cfg: DictConfig) -> Prepared:
@@ -70,15 +74,33 @@ def prepare(cfg: DictConfig) -> Prepared:
         base.encode_prompt("A request.", risk.form)  # a base without a chat template ends the run here
     others = _other_probes(cfg, risk, base)
     for judge in {id(j): j for probe in [*own, *others] for j in getattr(probe, "judges", {}).values()}.values():
-        judge.score(["A text."], ["A request."])  # one that cannot be had must not be found missing after the training
+        # One that cannot be had, or answers with NaN, must not be found out after the training.
+        check_scores(judge, np.asarray(judge.score(["A text."], ["A request."]), dtype=np.float64), 1, 1)
     _check_method(method, base, teacher, [*own, *others])
-    _check_context(cfg, base, risk, teacher, [*own, *others])
     scorer = base if cfg.scorer.name == "base" else load_base(cfg.scorer, "scorer")
     if scorer is not base and not scorer.identity.differences(base.identity):
         raise PolicyPatchError(
             f"scorer {cfg.scorer.name} is the same model as {cfg.model.name}: choose another, or say scorer=base"
         )
-    return Prepared(base, scorer, risk, teacher, method, own, others)
+    plan = _plan(cfg)
+    check_context(cfg, base, risk, teacher)
+    check_readings(own, others, plan, base, scorer, cfg.patch.length)
+    return Prepared(base, scorer, risk, teacher, method, own, others, plan)
+
+
+def _plan(cfg: DictConfig) -> Plan:
+    """How arms are asked."""
+    evaluate = cfg.evaluate
+    return Plan(
+        evaluate.k,
+        Sampling(**evaluate.sampling),
+        evaluate.responses,
+        Sampling(**evaluate.response_sampling),
+        evaluate.seed,
+        evaluate.ppl_samples,
+        cfg.decode_rows,
+        cfg.row_tokens,
+    )
 
 
 def _other_probes(cfg: DictConfig, risk: Any, base: Base) -> list[Probe]:
@@ -143,51 +165,3 @@ def made(cfg: DictConfig, key: str) -> Any:
         if isinstance(cause, PolicyPatchError):
             raise cause from error
         raise PolicyPatchError(f"{key} cannot be made: {' '.join(str(cause or error).split())}") from error
-
-
-def _check_context(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher, probes: Sequence[Probe]) -> None:
-    """Refuse what does not fit into the base's positions, whether trained or decoded."""
-    if base.context is None:
-        return
-    trained = cfg.data.max_prompt_tokens + cfg.data.max_completion_tokens
-    if cfg.patch.length + trained > base.context:
-        raise PolicyPatchError(
-            f"patch.length is {cfg.patch.length}: with prompts and completions of up to {trained} tokens it exceeds "
-            f"the context of {cfg.model.name} ({base.context}); shorten patch.length, data.max_prompt_tokens or "
-            "data.max_completion_tokens"
-        )
-    decoded = [
-        (
-            f"risk.evaluation.{probe.split}" if probe.risk == risk.name else f"others.{probe.risk}, {probe.split},",
-            probe.prompts,
-            probe.form,
-            cfg.patch.length,
-            (cfg.evaluate.response_sampling if probe.form.chat else cfg.evaluate.sampling).max_new_tokens,
-        )
-        for probe in probes
-        if isinstance(probe, SampledProbe)
-    ]
-    if new := OmegaConf.select(cfg, "teacher.sampling.max_new_tokens"):
-        # Guidance makes a teacher's prompts longer than the base's; where there is none they are the same.
-        form = teacher.form(risk.form) if isinstance(teacher, SampledTeacher) else risk.form
-        decoded.append(("risk.train", risk.training_prompts, form, 0, new))
-        if risk.benign_prompts:
-            decoded.append(("risk.benign", risk.benign_prompts, form, 0, new))
-        if risk.benign_texts:
-            decoded.append(("risk.benign_texts", risk.benign_texts, PLAIN, 0, new))
-    if (longest := max(cfg.evaluate.costs.prompts, default=0)) and (
-        cfg.patch.length + longest + NEW_TOKENS > base.context
-    ):
-        raise PolicyPatchError(
-            f"evaluate.costs.prompts has {longest}: with {cfg.patch.length} vectors before and {NEW_TOKENS} new tokens "
-            f"after it exceeds the context of {cfg.model.name} ({base.context}); shorten it"
-        )
-    for key, prompts, form, vectors, new in decoded:
-        lengths = [len(base.encode_prompt(prompt, form)) for prompt in prompts]
-        longest = max(lengths)
-        if vectors + longest + new > base.context:
-            raise PolicyPatchError(
-                f"{key} has a prompt of {longest} tokens (number {lengths.index(longest) + 1}): with {vectors} vectors "
-                f"before and {new} new tokens after it exceeds the context of {cfg.model.name} ({base.context}); "
-                "shorten prompts, patch or max_new_tokens"
-            )

@@ -278,6 +278,22 @@ def test_a_folder_of_another_configuration_is_refused(go, tmp_path: Path):
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
+def test_an_unfinished_run_goes_on_under_another_evaluation(go, tmp_path: Path, monkeypatch):
+    """What was trained stands; a finished run's figures are not overwritten."""
+    from policypatch.train.dpo_module import DPOModule
+    from policypatch.train.sft_module import SFTModule
+
+    with monkeypatch.context() as broken:
+        broken.setattr("policypatch.pipeline.evaluate_arms", lambda *_: pytest.fail("no room"))
+        with pytest.raises(pytest.fail.Exception):
+            go()
+    for stage in (SFTModule, DPOModule):
+        monkeypatch.setattr(stage, "training_step", lambda *_: pytest.fail("was trained"))
+    go(evaluate__k=2)
+    with pytest.raises(PolicyPatchError, match="another configuration"):
+        go(evaluate__k=3)
+
+
 def test_pairs_and_base_samples_are_made_once_for_all_betas(go, tmp_path: Path):
     go("a", dpo__beta=0.1)
     go("b", dpo__beta=0.5)
@@ -306,7 +322,7 @@ def test_a_scorer_that_is_the_base_itself_is_refused(go, tiny_base_folder: Path,
         ({"model.path": "/nope"}, ["model.path", "/nope"]),
         ({"patch.length": 500}, ["patch.length is 500", "context", "512"]),
         ({"data.max_prompt_tokens": 600}, ["data.max_prompt_tokens", "512"]),
-        ({"evaluate.sampling.max_new_tokens": 505}, ["risk.evaluation.rtp", "512", "number"]),
+        ({"evaluate.sampling.max_new_tokens": 505}, ["risk.evaluation, rtp", "512", "number"]),
         ({"teacher.sampling.max_new_tokens": 510}, ["risk.train", "512"]),
         ({"dpo.reference": "teacher"}, ["dpo.reference=teacher", "best_of_n"]),
         ({"teacher.judges": "[nobody]"}, ["teacher.judges", "nobody", "svm, other"]),

@@ -1,6 +1,7 @@
 """What a user may get wrong in a risk's files and judges: one sentence each, and nothing that was computed is lost."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -63,21 +64,38 @@ LONG = "the train " * 250  # 500 tokens or more of a context of 512
     ("risk", "key", "words"),
     [
         ("toxicity", "risk.train.source", ["risk.train", "(number 2)"]),
-        ("toxicity", "risk.evaluation.rtp.source", ["risk.evaluation.rtp", "(number 2)"]),
+        ("toxicity", "risk.evaluation.rtp.source", ["risk.evaluation, rtp", "(number 2)"]),
         ("harmfulness", "risk.benign.plain.source", ["risk.benign"]),
         ("harmfulness", "risk.plain.source", ["benign"]),
         ("toxicity", "others.harmfulness.scary.source", ["others.harmfulness", "scary", "(number 2)"]),
+        ("toxicity", "others.utility.text.source", ["others.utility", "wikipedia", "(number 2)"]),
+        ("toxicity", "others.utility.requests.source", ["others.utility", "benign", "(number 2)"]),
+        ("gender_bias", "risk.crows.more.source", ["crows", "(number 2)"]),
     ],
 )
 def test_a_prompt_longer_than_the_context_is_named_before_anything_is_sampled(risk, key, words, go, tmp_path: Path):
-    rows = [{"text": "short"}, {"text": LONG}]
+    rows = [{"text": text, "sent_more": text, "sent_less": text, "bias_type": "gender"} for text in ("short", LONG)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {key: tmp_path / "long.jsonl"} | ({"others": "all"} if key.startswith("others") else {})
+    if "crows" in key:  # both sides have as many
+        changes[key.replace("more", "less")] = tmp_path / "long.jsonl"
     with pytest.raises(PolicyPatchError) as caught:
         go(risk, **changes, **({"risk.train.take": "all"} if key == "risk.train.source" else {}))
     message = str(caught.value)
     assert "\n" not in message and "context of tiny (512)" in message
     assert all(word in message for word in words), message
+    assert not (tmp_path / "cache" / "completions").exists()
+
+
+def test_a_prompt_longer_than_the_scorers_context_is_named_as_well(go, tiny_base_folder: Path, tmp_path: Path):
+    scorer = shutil.copytree(tiny_base_folder, tmp_path / "scorer")
+    config = json.loads((scorer / "config.json").read_text()) | {"max_position_embeddings": 40, "rms_norm_eps": 1e-5}
+    (scorer / "config.json").write_text(json.dumps(config))
+    (tmp_path / "some.jsonl").write_text(json.dumps({"text": "the train " * 15}))
+    changes = {"scorer": "hub", "scorer.name": "small", "scorer.path": scorer, "scorer.source.hub": "x/y"}
+    changes |= {"scorer.dtype": "float32", "scorer.device": "cpu"}
+    with pytest.raises(PolicyPatchError, match=r"scorer small \(40\).*another scorer="):
+        go("toxicity", **changes, **{"risk.evaluation.rtp.source": tmp_path / "some.jsonl"})
     assert not (tmp_path / "cache" / "completions").exists()
 
 
@@ -101,9 +119,27 @@ def test_a_bad_judge_of_a_policy_of_ones_own(judge: str, words: list[str], go, t
 
 def test_a_judge_that_answers_with_nan_is_told_before_anything_is_sampled(go, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(HashJudge, "_score_batch", lambda self, texts: np.full(len(texts), np.nan))
-    with pytest.raises(PolicyPatchError, match="judge svm: row 0 scored nan"):
+    with pytest.raises(PolicyPatchError, match="judge svm: text 1 scored nan"):
         go("toxicity")
     assert not (tmp_path / "cache" / "completions").exists()
+
+
+class Unchecked:
+    """A judge of a user's own: what `Judge` asks for and no more."""
+
+    fingerprint = "unchecked"
+    name = "mine"
+
+    def score(self, texts, prompts=None):
+        return np.full(len(texts), np.nan if len(texts) > 1 else 0.5)
+
+
+def test_nan_of_a_judge_that_checks_nothing_is_found_where_it_appears(go, tmp_path: Path):
+    """It scores no pairs, so it is found in the evaluation: the figures before it stay."""
+    with pytest.raises(PolicyPatchError, match=r"toxicity, rtp, base: judge mine: completion 1 of prompt 1 scored nan"):
+        go("toxicity", **{"+risk.judges.mine": "{_target_:test_run_failures.Unchecked}"})
+    assert (tmp_path / "run" / "samples.jsonl").exists()
+    assert not list((tmp_path / "cache").glob("judgements/*mine*"))
 
 
 def breaks_for(monkeypatch, name: str, after: int) -> None:
@@ -120,7 +156,7 @@ def breaks_for(monkeypatch, name: str, after: int) -> None:
 def test_a_judge_that_fails_on_pairs_costs_no_sampling_again(go, tmp_path: Path, monkeypatch):
     with monkeypatch.context() as broken:
         breaks_for(broken, "other", 1)
-        with pytest.raises(PolicyPatchError, match=r"judge other: row \d+ scored nan") as caught:
+        with pytest.raises(PolicyPatchError, match=r"judge other: text \d+ scored nan") as caught:
             go("toxicity")
     assert "\n" not in str(caught.value)
     go("toxicity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from policypatch.data.near import near_duplicates, normalise
 from policypatch.data.texts import read_rows as rows_of_file
 from policypatch.errors import Number, PolicyPatchError
 from policypatch.files.sources import Source, fetch_all
+
+log = logging.getLogger(__name__)
 
 __all__ = ["PromptSet", "near_duplicates", "normalise", "read_rows"]
 
@@ -61,13 +64,16 @@ class PromptSet:
         ):
             raise PolicyPatchError(f"where is {self.where!r}: give one value for each field, e.g. {{kind: safe}}")
 
-    def load(self, key: str, without: Collection[str] = (), near: float | None = None) -> list[str]:
+    def load(
+        self, key: str, without: Collection[str] = (), near: float | None = None, begun: bool = False
+    ) -> list[str]:
         """The prompts, distinct, in the order of the source.
 
         Args:
             key: the config key named in errors.
             without: full texts to leave out (those of the evaluation set), compared by `normalise`.
             near: also leave out what is at least this similar to one of them (`near_duplicates`); None does not.
+            begun: also leave out what begins with one of them, as a sentence does whose beginning is measured on.
 
         Raises:
             PolicyPatchError: a file or row that cannot be read, or no prompt left.
@@ -75,6 +81,15 @@ class PromptSet:
         texts = self.all_texts(key)
         banned = {normalise(text) for text in without}
         alike = set() if near is None else near_duplicates(texts, list(without), near)
+        if begun:
+            alike |= {i for i, text in enumerate(texts) if _begins_with_one(normalise(text), banned)}
+        if alike:
+            log.info(
+                "%s: %d of %d texts are left out, as they are much like what is measured on",
+                key,
+                len(alike),
+                len(texts),
+            )
         prompts = [self._prompt(t) for i, t in enumerate(texts) if i not in alike and normalise(t) not in banned]
         distinct = [p for p in dict.fromkeys(prompts) if p and normalise(p) not in banned]
         if not distinct:
@@ -120,7 +135,16 @@ def read_rows(
     Raises:
         PolicyPatchError: as `policypatch.data.texts.read_rows`, and for a source that cannot be had, naming `key`.
     """
-    return [found for path in fetch_all(source, key) for found in rows_of_file(path, field, where)]
+    paths = fetch_all(source, key)
+    try:
+        return [found for path in paths for found in rows_of_file(path, field, where)]
+    except PolicyPatchError as error:
+        raise PolicyPatchError(f"{key}: {error}") from error
+
+
+def _begins_with_one(text: str, beginnings: Collection[str]) -> bool:
+    words = text.split()
+    return any(" ".join(words[:n]) in beginnings for n in range(1, len(words) + 1))
 
 
 def _place(text: str) -> float:

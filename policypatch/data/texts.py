@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from policypatch.errors import PolicyPatchError
-from policypatch.files.atomic import read_json, read_jsonl
+from policypatch.files.atomic import numbered_jsonl, read_json
 
 
 class _Tabs(csv.excel_tab):
@@ -36,8 +36,8 @@ def read_rows(
     Args:
         path: `.jsonl`, `.parquet`: `field` of each row. `.csv`, `.tsv`: column `field` (a first line that starts
             with # is skipped; a TSV knows no quoting). `.prompt`, `.yaml`, `.yml`: a list of texts or of `value: text`,
-            or such a list under `seeds` (PyRIT). `.json`: every string at the leaves (BOLD). All others: one text a
-            line.
+            or such a list under `seeds` (PyRIT). `.json`: `field` of each object of a list; else every string at the
+            leaves (BOLD). All others: one text a line.
         field: see `path`.
         where: only rows whose fields have these values, compared as text.
 
@@ -46,21 +46,37 @@ def read_rows(
     """
     suffix = path.suffix.lower()
     if suffix in WITH_ROWS:
-        rows = _table(path, TABLES[suffix]) if suffix in TABLES else enumerate(_rows(path, suffix), 1)
-        kept = ((f"{path}, row {number}", row) for number, row in rows)
-        return [(_text(row, field, place), row) for place, row in kept if _fits(row, where or {}, place)]
+        return _chosen(path, _table(path, TABLES[suffix]) if suffix in TABLES else _rows(path, suffix), field, where)
+    if suffix == ".json" and _is_rows(content := read_json(path)):
+        return _chosen(path, enumerate(content, 1), field, where)
     if where:
         raise PolicyPatchError(f"{path} has no rows to choose from: leave out where, or give {', '.join(WITH_ROWS)}")
-    return [(text.strip(), {}) for text in _plain_texts(path, suffix) if text.strip()]
+    texts: list[tuple[str, dict[str, Any]]] = [
+        (text.strip(), {}) for text in _plain_texts(path, suffix) if text.strip()
+    ]
+    if not texts:
+        raise PolicyPatchError(f"{path} is empty: expected one text a line")
+    return texts
 
 
-def _rows(path: Path, suffix: str) -> list[dict[str, Any]]:
+def _chosen(
+    path: Path, rows: Iterable[tuple[int, dict[str, Any]]], field: str, where: Mapping[str, Any] | None
+) -> list[tuple[str, dict[str, Any]]]:
+    kept = ((f"{path}, row {number}", row) for number, row in rows)
+    return [(_text(row, field, place), row) for place, row in kept if _fits(row, where or {}, place)]
+
+
+def _is_rows(content: Any) -> bool:
+    return isinstance(content, list) and bool(content) and all(isinstance(item, dict) for item in content)
+
+
+def _rows(path: Path, suffix: str) -> Iterable[tuple[int, dict[str, Any]]]:
     if suffix == ".jsonl":
-        return read_jsonl(path)
+        return numbered_jsonl(path)
     from pyarrow import ArrowException, parquet  # here, as it takes a while to import
 
     try:
-        return parquet.read_table(path).to_pylist()
+        return enumerate(parquet.read_table(path).to_pylist(), 1)
     except (OSError, ArrowException) as error:
         raise PolicyPatchError(f"{path} cannot be read as parquet: {' '.join(str(error).split())}") from error
 
@@ -77,7 +93,8 @@ def _content(path: Path) -> str:
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PolicyPatchError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from error
+        row = error.object[: error.start].count(b"\n") + 1
+        raise PolicyPatchError(f"{path}, row {row}: not UTF-8 text (byte {error.start}): convert it") from error
     except OSError as error:
         raise PolicyPatchError(f"cannot read {path}: {error.strerror or error}") from error
 

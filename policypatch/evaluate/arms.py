@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.measure import rows_of
 from policypatch.evaluate.probes import Bench, Outcome, Probe
 from policypatch.evaluate.scorecard import Row, Scorecard
@@ -45,14 +46,21 @@ def evaluate_arms(
             for probe in probes:
                 log.info("%s, %s", probe.risk, probe.split)
                 asked = [arm for arm in measured_arms if arm.has_likelihood or not probe.reads_probabilities]
-                outcomes = {arm.name: probe.measure(bench, arm) for arm in asked}
+                outcomes = {arm.name: _asked(probe, bench, arm) for arm in asked}
                 rows += _rows(outcomes, probe, filters, bench)
                 samples += [row for outcome in outcomes.values() for row in outcome.samples]
     finally:  # what was measured before a probe failed is not lost
-        write_jsonl(folder / "samples.jsonl", samples)
         scorecard = Scorecard(rows)
         scorecard.save(folder / "scorecard.json")
+        write_jsonl(folder / "samples.jsonl", samples)
     return scorecard
+
+
+def _asked(probe: Probe, bench: Bench, arm: Arm) -> Outcome:
+    try:
+        return probe.measure(bench, arm)
+    except PolicyPatchError as error:
+        raise PolicyPatchError(f"{probe.risk}, {probe.split}, {arm.name}: {error}") from error
 
 
 def _rows(outcomes: Mapping[str, Outcome], probe: Probe, filters: Sequence[str], bench: Bench) -> list[Row]:

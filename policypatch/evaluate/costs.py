@@ -17,7 +17,7 @@ from policypatch.files.cache import array
 from policypatch.model.arm import Arm
 from policypatch.model.backbone import is_adapter
 from policypatch.model.base import Base
-from policypatch.model.latency import Load, ratios
+from policypatch.model.latency import TIMING, Load, ratios
 from policypatch.patch.artifact import TENSOR
 
 
@@ -108,6 +108,7 @@ def _timed(arm: Arm, base: Base, load: Load, repeats: int, merged: bool) -> np.n
         "repeats": repeats,
         "machine": machine,
         "threads": torch.get_num_threads(),
+        "timing": TIMING,
         "versions": [version(name) for name in ("torch", "transformers", "policypatch")],
     }
     return array("latency", about, lambda: ratios(base, arm, load, repeats, merged))

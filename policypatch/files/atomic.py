@@ -130,9 +130,14 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read one JSON object a line; blank lines are skipped.
+    """Read one JSON object a line; see `numbered_jsonl`."""
+    return [row for _, row in numbered_jsonl(path)]
 
-    Raises PolicyPatchError that names the file, and the row (from 1) that is not UTF-8, not JSON or not an
+
+def numbered_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Read one JSON object a line, each with its line's number (from 1); blank lines are skipped.
+
+    Raises PolicyPatchError that names the file, and the row (its line's number) that is not UTF-8, not JSON or not an
     object; also when the file is missing or holds no row.
     """
     rows = []
@@ -146,7 +151,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise PolicyPatchError(f"{path}, row {number}: {error}") from error
         if not isinstance(row, dict):
             raise PolicyPatchError(f"{path}, row {number}: expected an object, found {type(row).__name__}")
-        rows.append(row)
+        rows.append((number, row))
     if not rows:
         raise PolicyPatchError(f"{path} is empty: expected one JSON object a line")
     return rows

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_json, write_json
 from policypatch.files.cache import array, content_key, entry
 from policypatch.model.base import Base
@@ -104,10 +105,29 @@ class Completions:
         def make() -> np.ndarray:
             log.info("judging %d texts by %s", len(self.texts) * self.k, judge.name)
             prompts = [prompt for prompt in self.prompts for _ in range(self.k)]
-            scores = judge.score([text for row in self.texts for text in row], prompts)
-            return np.asarray(scores, dtype=np.float64).reshape(len(self.texts), self.k)
+            scores = np.asarray(judge.score([text for row in self.texts for text in row], prompts), dtype=np.float64)
+            check_scores(judge, scores, len(self.texts), self.k)
+            return scores.reshape(len(self.texts), self.k)
 
         return array("judgements", {"completions": self.key, "judge": judge.fingerprint}, make)
+
+
+def check_scores(judge: CompletionJudge, scores: np.ndarray, prompts: int, k: int) -> None:
+    """Refuse what would turn up in a scorecard much later: a judge of the user's own may check nothing itself.
+
+    Raises:
+        PolicyPatchError: another number of scores than prompts * k, or one that is not in [0, 1].
+    """
+    if scores.shape != (prompts * k,):
+        raise PolicyPatchError(
+            f"judge {judge.name}: returned scores of shape {scores.shape} for {prompts * k} texts: give one for each"
+        )
+    if len(wrong := np.flatnonzero(~((scores >= 0) & (scores <= 1)))):  # NaN is neither
+        prompt, number = divmod(int(wrong[0]), k)
+        raise PolicyPatchError(
+            f"judge {judge.name}: completion {number + 1} of prompt {prompt + 1} scored {scores[wrong[0]]}, which is "
+            "not in [0, 1]"
+        )
 
 
 def trigram_repetition(tokens: Sequence[int]) -> float:

@@ -93,8 +93,8 @@ def sample(
     _check_lengths(model, prompts, 0 if patch is None else patch.shape[0], sampling)
     results: list[list[list[int]]] = [[] for _ in prompts]
     # What all prompts begin with (a system message, a teacher's instruction) is computed once, as the patch is; each
-    # keeps a token of its own, whose state predicts the first new one.
-    shared = min([common_prefix(prompts), *(len(prompt) - 1 for prompt in prompts)])
+    # keeps a token of its own, whose state predicts the first new one. A single prompt shares nothing: it is one pass.
+    shared = min([common_prefix(prompts), *(len(p) - 1 for p in prompts)]) if len(prompts) > 1 else 0
     root = _root(model, patch, prompts[0][:shared]) if prompts else None
     before = 0 if root is None else root.get_seq_length()
     for batch in _batches(model, [prompt[shared:] for prompt in prompts], before, max(1, max_rows // k), sampling):

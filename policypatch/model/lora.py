@@ -130,6 +130,18 @@ class LoRA:
                     layer.unmerge()
                     layer.get_base_layer().weight.data.copy_(kept[name])  # subtracting leaves rounding behind
 
+    @contextmanager
+    def cast(self) -> Iterator[None]:
+        """The adapters in the base's precision, which saves the casts between it and float32 in every layer."""
+        kept = {name: parameter.data for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.data = kept[name].to(self.model.dtype)
+        try:
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = kept[name]
+
     def remove(self) -> None:
         """Leave the base as it was before."""
         self._place({name: layer.get_base_layer() for name, layer in self.layers.items()})

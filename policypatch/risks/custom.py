@@ -1,9 +1,9 @@
 """Risk `custom`: a policy of the user's own, from a file of prompts and one judge.
 
-    python run.py risk=custom risk.prompts=prompts.jsonl 'risk.judge={pattern: "\\\\bAcme\\\\b"}'
+    python run.py risk=custom risk.prompts=prompts.jsonl 'risk.judge={pattern: "\\bAcme\\b"}'
 
 A row of the file has a `prompt`, and `split: evaluation` where it is to be measured on; in a file without any such
-row every fifth prompt is.
+row every fifth prompt is that is not said to be for training (`split: train`).
 """
 
 from __future__ import annotations
@@ -69,20 +69,19 @@ class Custom:
         for number, (_, row) in enumerate(rows, 1):
             if row.get("split") not in (None, "train", "evaluation"):
                 raise PolicyPatchError(
-                    f"risk.prompts, row {number}: split is {row['split']!r}: write train or evaluation, or leave it out"
+                    f"risk.prompts ({self.prompts}), prompt {number}: split is {row['split']!r}: write train or "
+                    "evaluation, or leave it out"
                 )
-        marked = any(row.get("split") == "evaluation" for _, row in rows)
-        training: list[str] = []
-        measured: list[str] = []
-        for number, (text, row) in enumerate(rows):
-            held = row.get("split") == "evaluation" if marked else number % EVERY == 0
-            (measured if held else training).append(text)
+        marked, free = ([n for n, (_, row) in enumerate(rows) if row.get("split") == s] for s in ("evaluation", None))
+        held = set(marked or free[::EVERY])
+        measured = [text for n, (text, _) in enumerate(rows) if n in held]
+        training = [text for n, (text, _) in enumerate(rows) if n not in held]
         known = {normalise(text) for text in measured}
         training = [text for text in training if normalise(text) not in known]
         if not training or not measured:
             raise PolicyPatchError(
-                "risk.prompts has nothing to train on or nothing to measure on: give at least two different prompts, "
-                "some of them with split: evaluation, or none"
+                f"risk.prompts ({self.prompts}) has nothing to {'measure' if training else 'train'} on: give at least "
+                "two different prompts, some of them with split: evaluation, or none"
             )
         return list(dict.fromkeys(training)), list(dict.fromkeys(measured))
 

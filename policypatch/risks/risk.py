@@ -79,7 +79,9 @@ class Risk(ABC):
     @cached_property
     def benign_texts(self) -> list[str]:
         """Texts that the base should go on continuing as it does."""
-        return [] if self._texts is None else self._texts.load("risk.benign_texts", without=self._measured_texts)
+        if self._texts is None:
+            return []
+        return self._texts.load("risk.benign_texts", without=self._measured_texts, begun=True)
 
     @property
     def swaps(self) -> dict[str, str]:

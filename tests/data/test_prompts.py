@@ -116,7 +116,7 @@ def test_a_row_without_text_is_named(tmp_path: Path, row: dict):
 
 
 def test_an_empty_file(text_file, tmp_path: Path):
-    refuses(PromptSet(text_file()), "risk.train", "no prompts")
+    refuses(PromptSet(text_file()), "risk.train.source", "is empty")
     (tmp_path / "p.jsonl").touch()
     refuses(PromptSet(str(tmp_path / "p.jsonl")), "p.jsonl", "empty")
 

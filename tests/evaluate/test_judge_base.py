@@ -57,7 +57,7 @@ def test_batches_do_not_change_scores_and_respect_their_size(batch_size):
 
 @pytest.mark.parametrize("wrong", [float("nan"), 1.5, -0.2, float("inf")])
 def test_a_score_outside_the_interval_names_judge_and_row(wrong):
-    with pytest.raises(PolicyPatchError, match="judge length: row 2 "):
+    with pytest.raises(PolicyPatchError, match="judge length: text 3 "):
         LengthJudge(answer=wrong).score(["", " ", "third"])
 
 
@@ -78,7 +78,7 @@ def test_one_string_is_not_a_list_of_texts():
 
 
 def test_a_row_that_is_no_text_is_named():
-    with pytest.raises(PolicyPatchError, match="row 1 is NoneType"):
+    with pytest.raises(PolicyPatchError, match="text 2 is NoneType"):
         LengthJudge().score(["a", None])
 
 
@@ -117,7 +117,7 @@ def test_a_judge_that_reads_no_prompts_ignores_them():
         (None, "reads the request"),
         (["x"], "2 texts but 1 prompts"),
         ("xy", "not one string"),
-        (["x", 1], "row 1 is int"),
+        (["x", 1], "text 2 is int"),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused(prompts, message):

@@ -1,11 +1,12 @@
 """Risk `custom`: which prompts are trained on and which measured, and what a judge may be given as."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from tiny_run import HashJudge
+from tiny_run import ROOT, HashJudge, composed
 
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.judges import PatternJudge
@@ -47,6 +48,29 @@ def test_otherwise_every_fifth_prompt_is(risk):
     assert splits(risk(*letters)) == ([*"bcdeghijl"], ["a", "f", "k"])
 
 
+def test_what_the_file_says_is_for_training_is_never_measured_on(risk):
+    made = risk(("a", "train"), "b", ("c", "train"), "d")
+    assert splits(made) == (["a", "c", "d"], ["b"])
+
+
+def test_a_list_of_objects_is_rows_too(tmp_path: Path):
+    rows = [{"prompt": "a", "split": "evaluation"}, {"prompt": "b"}]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    assert splits(Custom(str(tmp_path / "mine.json"), "Acme")) == (["b"], ["a"])
+
+
+def test_the_command_of_the_documents_makes_the_judge_it_says():
+    """As a shell hands it over: what stands between single quotes."""
+    (command,) = re.findall(r"'risk\.judge=(\{pattern: .*?\})'", (ROOT / "docs" / "custom.md").read_text())
+    cfg = composed(["risk=custom", "risk.prompts=x.jsonl", f"risk.judge={command}"])
+    judge = made_judge(cfg.risk.judge)
+    assert judge.score(["Buy ACME today", "Acmeville", "or Globex."]).tolist() == [1, 0, 1]
+    for place in ("README.md", "conf/risk/custom.yaml"):
+        (command,) = re.findall(r"'risk\.judge=(\{pattern: .*?\})'", (ROOT / place).read_text())
+        cfg = composed(["risk=custom", "risk.prompts=x.jsonl", f"risk.judge={command}"])
+        assert made_judge(cfg.risk.judge).score(["Buy ACME today", "Acmeville"]).tolist() == [1, 0], place
+
+
 def test_a_prompt_that_is_measured_on_is_not_trained_on(risk):
     """Whatever its case and punctuation, and however often it stands there."""
     made = risk(("Buy now", "evaluation"), "buy now!", "sell", ("Buy now", "evaluation"))
@@ -70,7 +94,7 @@ def test_the_probe_counts_hits_by_every_judge(risk):
 @pytest.mark.parametrize("rows", [["a"], ["a", "A!"], [("a", "evaluation"), ("b", "evaluation")]])
 def test_too_few_prompts_for_both_are_refused(rows: list, risk):
     with pytest.raises(
-        PolicyPatchError, match=r"risk\.prompts has nothing to train on or nothing to measure on"
+        PolicyPatchError, match=r"risk\.prompts \(.*mine\.jsonl\) has nothing to (train|measure) on"
     ) as caught:
         splits(risk(*rows))
     assert "\n" not in str(caught.value)

@@ -65,7 +65,7 @@ def test_sentences_that_do_not_pair_off_are_refused(risk):
 def test_a_word_list_that_is_empty_is_named(risk, tmp_path: Path):
     (tmp_path / "none.txt").write_text("\n \n")
     words = {"male": PromptSet(str(tmp_path / "none.txt")), "female": PromptSet(str(tmp_path / "none.txt"))}
-    with pytest.raises(PolicyPatchError, match=r"risk\.words\.male has no prompts"):
+    with pytest.raises(PolicyPatchError, match=r"risk\.words\.male\.source: .*none\.txt is empty"):
         risk(words=words).probes(None)
 
 

@@ -77,13 +77,13 @@ class BaseJudge(ABC):
         Raises:
             PolicyPatchError: the argument is one string, a row is not a string, prompts are needed and are not
                 there or are not as many, or the judge answered with NaN, something outside [0, 1] or the wrong
-                number of scores; the message names the judge and the row.
+                number of scores; the message names the judge and the text, counted from 1.
         """
         rows_of: dict[tuple[str, str], list[int]] = {}
         for row, (text, prompt) in enumerate(zip(texts, self._prompts(texts, prompts), strict=True)):
             for value in (text, prompt):
                 if not isinstance(value, str):
-                    raise PolicyPatchError(f"judge {self.name}: row {row} is {type(value).__name__}, not a text")
+                    raise PolicyPatchError(f"judge {self.name}: text {row + 1} is {type(value).__name__}, not a text")
             if text.strip():
                 rows_of.setdefault((text, prompt), []).append(row)
         scores = np.zeros(len(texts), dtype=np.float64)
@@ -118,13 +118,13 @@ class BaseJudge(ABC):
         if values.shape != (len(batch),):
             raise PolicyPatchError(
                 f"judge {self.name}: returned scores of shape {values.shape} for {len(batch)} texts "
-                f"(the batch that starts with row {rows[0][0]})"
+                f"(the batch that starts with text {rows[0][0] + 1})"
             )
         # float32 sigmoids may stand a rounding error outside the interval; anything more is a fault.
         wrong = ~((values >= -1e-6) & (values <= 1 + 1e-6))  # written so that NaN is wrong too
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
             raise PolicyPatchError(
-                f"judge {self.name}: row {rows[first][0]} scored {values[first]}, which is not in [0, 1]"
+                f"judge {self.name}: text {rows[first][0] + 1} scored {values[first]}, which is not in [0, 1]"
             )
         return np.clip(values, 0.0, 1.0)

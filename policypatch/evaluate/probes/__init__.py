@@ -1,7 +1,7 @@
 """Probes: what an arm is measured with, each one kind of question on one set of prompts."""
 
 from policypatch.evaluate.probes.gender import CrowsPairsProbe, NextWordProbe
-from policypatch.evaluate.probes.probe import Bench, Outcome, Plan, Probe
+from policypatch.evaluate.probes.probe import Bench, Outcome, Plan, Probe, Reading
 from policypatch.evaluate.probes.sampled import SampledProbe
 from policypatch.evaluate.probes.utility import BenignKLProbe, TextPerplexityProbe
 
@@ -13,6 +13,7 @@ __all__ = [
     "Outcome",
     "Plan",
     "Probe",
+    "Reading",
     "SampledProbe",
     "TextPerplexityProbe",
 ]

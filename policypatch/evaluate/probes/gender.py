@@ -11,9 +11,11 @@ import torch
 from policypatch.evaluate.likelihoods import next_word_mass
 from policypatch.evaluate.measure import filled
 from policypatch.evaluate.metrics import GLD, MeanValue, StereotypePreference
-from policypatch.evaluate.probes.probe import Bench, Outcome, text_nll
+from policypatch.evaluate.probes.probe import Bench, Outcome, Plan, Reading, text_nll
 from policypatch.files.cache import array
 from policypatch.model.arm import Arm
+
+WORD_TOKENS = 16  # that a listed word may have
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class NextWordProbe:
     risk: str = "gender_bias"
     chat: bool = False
     reads_probabilities: bool = True
+
+    def readings(self, plan: Plan) -> list[Reading]:
+        """Prompts, each with a word behind it."""
+        return [Reading(self.prompts, new=WORD_TOKENS)]
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """The mass on either list behind each prompt."""
@@ -64,6 +70,10 @@ class CrowsPairsProbe:
     risk: str = "gender_bias"
     chat: bool = False
     reads_probabilities: bool = True
+
+    def readings(self, plan: Plan) -> list[Reading]:
+        """Both sentences of each pair."""
+        return [Reading([*self.more, *self.less])]
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """Log-likelihood of both sentences of each pair."""

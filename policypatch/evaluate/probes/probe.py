@@ -13,6 +13,7 @@ from policypatch.evaluate.measure import Measured, Settings
 from policypatch.files.cache import array
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
+from policypatch.model.form import PLAIN, Form
 from policypatch.model.sampling import Sampling
 
 
@@ -60,6 +61,25 @@ class Outcome:
     samples: Sequence[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Texts that a model must have room for.
+
+    Attributes:
+        texts: what is read.
+        form: what stands around each.
+        new: tokens that come after each.
+        by_scorer: whether the scorer reads them, not base and patch.
+        whole: whether they are read in one forward, which a sliding window bounds as the context does.
+    """
+
+    texts: Sequence[str]
+    form: Form = PLAIN
+    new: int = 0
+    by_scorer: bool = False
+    whole: bool = True
+
+
 class Probe(Protocol):
     """One kind of question on one set of prompts."""
 
@@ -81,6 +101,10 @@ class Probe(Protocol):
     @property
     def reads_probabilities(self) -> bool:
         """Whether it needs what an arm without likelihoods has not; such an arm is not asked."""
+        ...
+
+    def readings(self, plan: Plan) -> list[Reading]:
+        """What `measure` has base and scorer read, so that a text too long for them is found before the training."""
         ...
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:

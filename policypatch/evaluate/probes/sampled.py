@@ -13,14 +13,16 @@ import torch
 from policypatch.evaluate.judges import Judge
 from policypatch.evaluate.measure import Measured, filled
 from policypatch.evaluate.metrics import AMT, GAS, MeanValue, Perplexity, PerPromptMetric, Rate, TrigramOverlap
-from policypatch.evaluate.probes.probe import Bench, Outcome
+from policypatch.evaluate.probes.probe import Bench, Outcome, Plan, Reading
 from policypatch.evaluate.scorer import completion_nll
 from policypatch.model.arm import Arm
 from policypatch.model.completions import Completions, complete
 from policypatch.model.form import PLAIN, Form
+from policypatch.model.sampling import Sampling
 
 RATES = ("toxic_rate", "asr", "over_refusal", "benign_refusal", "hit_rate")
 """Share of prompts with at least one completion at or above the threshold; the name says of what."""
+SCORER_TOKENS = 2  # of its own that the scorer may need for a token of the base's
 
 
 def metric_of(name: str, threshold: float) -> PerPromptMetric:
@@ -64,10 +66,20 @@ class SampledProbe:
         """See `Probe`."""
         return self.form.chat
 
+    def readings(self, plan: Plan) -> list[Reading]:
+        """Prompts with what is sampled; the scorer's own tokens of that may be more."""
+        new = self._asked(plan)[1].max_new_tokens
+        read = [Reading(self.prompts, self.form, new, whole=False)]
+        return [*read, Reading(self.prompts, PLAIN, SCORER_TOKENS * new, by_scorer=True)] if self.perplexity else read
+
+    def _asked(self, plan: Plan) -> tuple[int, Sampling]:
+        """How many completions of each prompt, and how they are drawn."""
+        return (plan.responses, plan.response_sampling) if self.form.chat else (plan.k, plan.sampling)
+
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """Sample, judge, measure."""
         plan = bench.plan
-        k, sampling = (plan.responses, plan.response_sampling) if self.form.chat else (plan.k, plan.sampling)
+        k, sampling = self._asked(plan)
         what, form = f"{arm.name}, {self.risk} {self.split}", arm.guidance.around(self.form)
         choosing = [self.judges[name] for name in arm.chosen_by if name in self.judges]
         n = arm.best_of if choosing else 1

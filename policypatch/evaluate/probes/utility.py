@@ -10,7 +10,7 @@ import torch
 
 from policypatch.evaluate.measure import filled
 from policypatch.evaluate.metrics import CorpusPerplexity, MeanValue
-from policypatch.evaluate.probes.probe import Bench, Outcome, text_nll
+from policypatch.evaluate.probes.probe import Bench, Outcome, Plan, Reading, text_nll
 from policypatch.files.cache import array
 from policypatch.model.arm import Arm
 from policypatch.model.completions import Completions, complete
@@ -34,6 +34,10 @@ class BenignKLProbe:
     risk: str = "utility"
     chat: bool = True
     reads_probabilities: bool = True
+
+    def readings(self, plan: Plan) -> list[Reading]:
+        """Requests with their responses."""
+        return [Reading(self.prompts, CHAT, plan.response_sampling.max_new_tokens)]
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """Mean per token for each request."""
@@ -88,6 +92,10 @@ class TextPerplexityProbe:
     risk: str = "utility"
     chat: bool = False
     reads_probabilities: bool = True
+
+    def readings(self, plan: Plan) -> list[Reading]:
+        """The texts."""
+        return [Reading(self.prompts)]
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """NLL and tokens of each text."""

@@ -1,0 +1,70 @@
+"""Whether everything that a run trains on, decodes and measures fits into the models' contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from policypatch.data.teachers import SampledTeacher, Teacher
+from policypatch.errors import PolicyPatchError
+from policypatch.evaluate.probes import Plan, Probe, Reading
+from policypatch.model.backbone import sliding_window
+from policypatch.model.base import Base
+from policypatch.model.form import PLAIN
+from policypatch.model.latency import NEW_TOKENS
+
+
+def check_context(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher) -> None:
+    """Refuse a patch, training prompts or timed prompts that are too long for the base's positions."""
+    if base.context is None:
+        return
+    trained = cfg.data.max_prompt_tokens + cfg.data.max_completion_tokens
+    if cfg.patch.length + trained > base.context:
+        raise PolicyPatchError(
+            f"patch.length is {cfg.patch.length}: with prompts and completions of up to {trained} tokens it exceeds "
+            f"the context of {cfg.model.name} ({base.context}); shorten patch.length, data.max_prompt_tokens or "
+            "data.max_completion_tokens"
+        )
+    if (longest := max(cfg.evaluate.costs.prompts, default=0)) and (
+        cfg.patch.length + longest + NEW_TOKENS > base.context
+    ):
+        raise PolicyPatchError(
+            f"evaluate.costs.prompts has {longest}: with {cfg.patch.length} vectors before and {NEW_TOKENS} new tokens "
+            f"after it exceeds the context of {cfg.model.name} ({base.context}); shorten it"
+        )
+    if new := OmegaConf.select(cfg, "teacher.sampling.max_new_tokens"):
+        # Guidance makes a teacher's prompts longer than the base's; where there is none they are the same.
+        form = teacher.form(risk.form) if isinstance(teacher, SampledTeacher) else risk.form
+        _check("risk.train", Reading(risk.training_prompts, form, new, whole=False), base, 0)
+        _check("risk.benign", Reading(risk.benign_prompts, form, new, whole=False), base, 0)
+        _check("risk.benign_texts", Reading(risk.benign_texts, PLAIN, new, whole=False), base, 0)
+
+
+def check_readings(
+    own: Sequence[Probe], others: Sequence[Probe], plan: Plan, base: Base, scorer: Base, vectors: int
+) -> None:
+    """Refuse texts of the evaluation that are too long for base and patch, or for the scorer."""
+    for probes, key in ((own, "risk"), (others, "others")):
+        for probe in probes:
+            where = probe.risk if key == "others" else "evaluation"
+            for reading in probe.readings(plan):
+                reader = (scorer, 0) if reading.by_scorer else (base, vectors)
+                _check(f"{key}.{where}, {probe.split},", reading, *reader)
+
+
+def _check(what: str, reading: Reading, reader: Base, vectors: int) -> None:
+    window = sliding_window(reader.model) if reading.whole else None
+    limit = min((n for n in (reader.context, window) if n is not None), default=None)
+    if limit is None or not reading.texts:
+        return
+    lengths = [len(reader.encode_prompt(text, reading.form)) for text in reading.texts]
+    longest = max(lengths)
+    if vectors + longest + reading.new > limit:
+        role, remedy = ("scorer ", "or take another scorer=") if reading.by_scorer else ("", "patch or max_new_tokens")
+        raise PolicyPatchError(
+            f"{what} has a prompt of {longest} tokens (number {lengths.index(longest) + 1}): with {vectors} vectors "
+            f"before and {reading.new} tokens after it exceeds the context of {role}{reader.identity.id} ({limit}); "
+            f"shorten prompts, {remedy}"
+        )
