@@ -5,6 +5,9 @@
 Hydra's own Optuna plugin (1.3.0) asks for optuna < 3, so this drives today's Optuna itself: every trial is a run of
 `run.py` in `outputs/tune/`, and trials go on where an interrupted search stopped. At the end the runs are compared as
 a sweep's are; the page's frontier is the Pareto plot, whose points that no other beats are printed here, too.
+
+The best of many trials looks better than it is: they are chosen by the prompts that they are measured on. Measure what
+is chosen on others before it is believed.
 """
 
 from __future__ import annotations
@@ -49,6 +52,11 @@ def tune(
         study_name=out.name,
         load_if_exists=True,
     )
+    asked = {"overrides": list(overrides or []), "space": searched}
+    if study.user_attrs and study.user_attrs != asked:
+        raise PolicyPatchError(f"{out} holds a search of other overrides or another space: choose another --out")
+    for name, value in asked.items():
+        study.set_user_attr(name, value)
     for trial in study.get_trials(states=[TrialState.RUNNING]):  # an interrupted search's last one is taken up again
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params)
@@ -59,6 +67,7 @@ def tune(
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         chosen = [f"{key}={suggest(trial, key, what)}" for key, what in searched.items()]
+        trial.set_user_attr("chosen", chosen)
         folder = out / ",".join(chosen)
         command = [sys.executable, str(ROOT / "run.py"), *(overrides or []), *chosen, f"name={out.name}"]
         if not (folder / "run.json").is_file():
@@ -70,7 +79,7 @@ def tune(
     console = Console(soft_wrap=True)
     console.print("no other run is better in both:")
     for trial in sorted(study.best_trials, key=lambda trial: trial.values):
-        settings = ", ".join(f"{key}={value}" for key, value in trial.params.items())
+        settings = ", ".join(trial.user_attrs["chosen"])
         console.print(f"  {trial.values[0]:.3g}, {trial.values[1]:.3g}: {settings}", markup=False, highlight=False)
 
 

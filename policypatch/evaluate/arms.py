@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from policypatch.errors import PolicyPatchError
-from policypatch.evaluate.measure import rows_of
+from policypatch.evaluate.measure import rows_of, values_of
 from policypatch.evaluate.probes import Bench, Outcome, Probe
-from policypatch.evaluate.scorecard import Row, Scorecard
-from policypatch.files.atomic import write_jsonl
+from policypatch.evaluate.scorecard import PER_PROMPT, Row, Scorecard
+from policypatch.files.atomic import write_json, write_jsonl
 from policypatch.model.arm import Arm
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def evaluate_arms(
     arms: Sequence[Arm],
     folder: Path,
 ) -> Scorecard:
-    """Measure every arm and write `samples.jsonl` and `scorecard.json`.
+    """Measure every arm and write `scorecard.json`, `samples.jsonl` and `per_prompt.json`.
 
     Args:
         bench: what is measured with.
@@ -41,18 +41,22 @@ def evaluate_arms(
     ends = [arms[0], *arms[1:][-1:]]
     rows: list[Row] = []
     samples: list[dict[str, Any]] = []
+    values: list[dict[str, Any]] = []
     try:
         for probes, measured_arms, filters in ((own, arms, filter_judges), (others, ends, ())):
             for probe in probes:
                 log.info("%s, %s", probe.risk, probe.split)
                 asked = [arm for arm in measured_arms if arm.has_likelihood or not probe.reads_probabilities]
                 outcomes = {arm.name: _asked(probe, bench, arm) for arm in asked}
-                rows += _rows(outcomes, probe, filters, bench)
+                measured = {arm: outcome.measured for arm, outcome in outcomes.items()}
+                rows += rows_of(measured, probe.risk, probe.split, filters, bench.settings)
+                values += values_of(measured, probe.risk, probe.split)
                 samples += [row for outcome in outcomes.values() for row in outcome.samples]
     finally:  # what was measured before a probe failed is not lost
         scorecard = Scorecard(rows)
         scorecard.save(folder / "scorecard.json")
         write_jsonl(folder / "samples.jsonl", samples)
+        write_json(folder / PER_PROMPT, values)
     return scorecard
 
 
@@ -61,8 +65,3 @@ def _asked(probe: Probe, bench: Bench, arm: Arm) -> Outcome:
         return probe.measure(bench, arm)
     except PolicyPatchError as error:
         raise PolicyPatchError(f"{probe.risk}, {probe.split}, {arm.name}: {error}") from error
-
-
-def _rows(outcomes: Mapping[str, Outcome], probe: Probe, filters: Sequence[str], bench: Bench) -> list[Row]:
-    measured = {arm: outcome.measured for arm, outcome in outcomes.items()}
-    return rows_of(measured, probe.risk, probe.split, filters, bench.settings)

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +88,27 @@ def rows_of(
             )
             rows.append(row)
     return rows
+
+
+def values_of(arms: Mapping[str, Sequence[Measured]], risk: str, split: str) -> list[dict[str, Any]]:
+    """What paired tests compare, prompt by prompt, so that arms of other runs can be compared later.
+
+    Returns:
+        for each metric of each arm `arm`, `risk`, `split`, `judge`, `metric` and `values`: one for each prompt in the
+        order of the set, None where it has none; of a perplexity its logarithm (see `tested_values`).
+    """
+    return [
+        {
+            "arm": arm,
+            "risk": risk,
+            "split": split,
+            "judge": of.judge,
+            "metric": of.name,
+            "values": [None if math.isnan(v) else round(v, 8) for v in of.metric.tested_values().tolist()],
+        }
+        for arm, measured in arms.items()
+        for of in measured
+    ]
 
 
 def _against(ours: Measured, base: Measured, settings: Settings) -> dict[str, float]:

@@ -13,6 +13,8 @@ from policypatch.files.atomic import read_json, write_json
 
 COST = "cost"
 """In the risk's place of rows that say what an arm costs."""
+PER_PROMPT = "per_prompt.json"
+"""In a run's folder, beside the scorecard: the figures' values prompt by prompt."""
 
 
 @dataclass(frozen=True)

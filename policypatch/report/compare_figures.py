@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
-from policypatch.evaluate.scorecard import COST
-from policypatch.report.compare import Column, Comparison, Line, heading, label
+from policypatch.report.compare_lines import Column, Comparison, Line
+from policypatch.report.compare_text import heading, label
 from policypatch.report.drawing import INK, LINE, MUTED, ArmStyle, Panel, arm_styles, as_svg, new_axes
 from policypatch.report.metrics import is_risk
-from policypatch.report.scorecard import UTILITY
+from policypatch.report.scorecard import UTILITY, Row
 from policypatch.report.wording import is_number
 
 BARS = 12  # more would be lines of text that cannot be read
 FLUENCY = ("ppl_median", "over_refusal", "benign_refusal", "text_ppl")  # what safety is bought with, the first there is
 
 
+@dataclass(frozen=True)
+class _Bar:
+    """A bar: what it is called, whose colour it has, and its figure."""
+
+    name: str
+    arm: str
+    row: Row
+
+
 def panels(found: Comparison) -> list[Panel]:
     """Every figure that suits: a metric against a number, bars for a choice, the frontier, sizes and times."""
     base = found.bases[0] if len(found.bases) == 1 else None  # of several models none is everyone's
-    lines = [line for line in found.over_seeds or found.lines if line.arm != "base"]
+    lines = [line for line in found.settings if line.arm != "base"]
     keys = [key for key in found.keys if key != "seed"]
     shown = _figures_of(found, lines)
     if len(lines) < 2 or not shown:
@@ -41,27 +51,47 @@ def panels(found: Comparison) -> list[Panel]:
     return drawn + _cost_panels(found, lines, keys, risk, base)
 
 
+def _own_risks(lines: Sequence[Line]) -> list[str]:
+    """The risks that the runs are about, in their order."""
+    names = [str(line.records[0].settings.get("risk.name", "")) for line in lines if line.records]
+    return [name for name in dict.fromkeys(names) if name]
+
+
 def _cost_panels(
     found: Comparison, lines: Sequence[Line], keys: Sequence[str], risk: Column, base: Line | None
 ) -> list[Panel]:
     """Risk against trainable parameters, and times to answer, where methods differ in them."""
-    sizes = next((c for c in found.columns if c.metric == "trainable_parameters"), None)
+    sizes = next((c for c in found.costs if c.metric == "trainable_parameters"), None)
     both = [line for line in lines if sizes in line.cells and risk in line.cells] if sizes else []
     trained = [line for line in both if sizes and line.cells[sizes]["value"] > 0]
     drawn = []
     if sizes is not None and len({line.cells[sizes]["value"] for line in trained}) > 1:
         drawn.append(_scatter(sizes, risk, trained, keys, base, "risk against size", log=True))
     if len({line.arm for line in lines}) > 1:
-        times = [c for c in found.columns if c.risk == COST and "_ratio" in c.metric]
-        drawn += [_bars(c, lines, keys, 1.0) for c in times if any(c in line.cells for line in lines)]
+        times = [c for c in found.costs if c.metric in ("first_token_ratio", "per_token_ratio")]
+        drawn += [_times(c, lines, keys) for c in times if any(c in line.cells for line in lines)]
     return drawn
 
 
+def _times(column: Column, lines: Sequence[Line], keys: Sequence[str]) -> Panel:
+    """Times of every line, adapters both as they are and merged into the weights."""
+    merged = replace(column, metric=f"{column.metric}_merged")
+    bars = []
+    for line in (line for line in lines if column in line.cells):
+        bars.append(_Bar(label(line, keys), line.arm, line.cells[column]))
+        if merged in line.cells:
+            bars.append(_Bar(f"{label(line, keys)}, merged", line.arm, line.cells[merged]))
+    return _drawn_bars(column, bars, 1.0)
+
+
 def _figures_of(found: Comparison, lines: Sequence[Line]) -> list[Column]:
-    """The first own risk's headline by one judge, the same by others, and what it is bought with."""
-    present = [c for c in found.columns if c.risk != COST and sum(c in line.cells for line in lines) > 1]
+    """The risk's headline by one judge, the same by others, and what it is bought with; of several risks each one's."""
+    present = [c for c in found.columns if sum(c in line.cells for line in lines) > 1]
     if not present:
         return []
+    if len(own := _own_risks(lines)) > 1:  # each one's headline, of all the patches: what is bought with the others
+        headlines = [next((c for c in present if c.risk == risk and is_risk(c.metric)), None) for risk in own]
+        return [c for c in (*headlines, *(c for c in present if c.risk == UTILITY)) if c is not None]
     first = present[0]
     risk = [c for c in present if (c.risk, c.split, c.metric) == (first.risk, first.split, first.metric)][:2]
     bought = [c for name in FLUENCY for c in present if c.metric == name and c.risk in (first.risk, UTILITY)]
@@ -80,18 +110,22 @@ def _against(key: str, rest: Sequence[str], column: Column, lines: Sequence[Line
     for line in lines:
         if column in line.cells:
             curves.setdefault(label(line, rest) if rest else line.arm, []).append(line)
+    scattered = len(curves) > 1 and all(len(members) == 1 for members in curves.values())
+    if scattered:  # a search, in which no two runs share the rest: points, not curves
+        curves = {"runs": [line for members in curves.values() for line in members]}
     styles = list(arm_styles([line.arm for line in lines]).values()) if len(curves) == 1 else _styles(curves)
     told = []
     for style, (name, members) in zip(styles, curves.items(), strict=False):
         members = sorted(members, key=lambda line: line.values[key])
         xs = [line.values[key] for line in members]
-        _curve(axes, xs, [line.cells[column] for line in members], style, name)
+        _curve(axes, xs, [line.cells[column] for line in members], style, name, joined=not scattered)
         told.append(f"{name} " + ", ".join(f"{x.values[key]}: {x.cells[column]['value']:.3g}" for x in members))
     _base_line(axes, column, base)
     xs = sorted({line.values[key] for line in lines})
     if min(xs) > 0 and max(xs) / min(xs) > 8:
         axes.set_xscale("log")
-    axes.set_xticks(xs, [f"{x:g}" for x in xs])
+    if not scattered:
+        axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.minorticks_off()
     axes.set_xlabel(key, color=MUTED)
     _from_zero(axes, column)
@@ -102,16 +136,20 @@ def _against(key: str, rest: Sequence[str], column: Column, lines: Sequence[Line
 
 def _bars(column: Column, lines: Sequence[Line], keys: Sequence[str], base: float | None) -> Panel:
     """A bar for each line, in the colour of its arm; dashed where the base is."""
+    bars = [_Bar(label(line, keys), line.arm, line.cells[column]) for line in lines if column in line.cells]
+    return _drawn_bars(column, bars, base)
+
+
+def _drawn_bars(column: Column, bars: Sequence[_Bar], base: float | None) -> Panel:
     figure, axes = new_axes()
-    lines = [line for line in lines if column in line.cells]
-    styles = arm_styles([line.arm for line in lines])
-    names = [label(line, keys) for line in lines]
-    for place, line in enumerate(lines):
-        row = line.cells[column]
-        axes.barh(place, row["value"], color=styles[line.arm].colour, alpha=0.85, height=0.62)
-        if is_number(row.get("low")) and is_number(row.get("high")):
-            axes.plot([row["low"], row["high"]], [place, place], color=INK, lw=1.2)
-    axes.set_yticks(range(len(lines)), [_wrapped(name) for name in names], fontsize=9)
+    styles = arm_styles([bar.arm for bar in bars])
+    for place, bar in enumerate(bars):
+        axes.barh(place, bar.row["value"], color=styles[bar.arm].colour, alpha=0.85, height=0.62)
+        if is_number(bar.row.get("low")) and is_number(bar.row.get("high")):
+            axes.plot([bar.row["low"], bar.row["high"]], [place, place], color=INK, lw=1.2)
+        if is_number(bar.row.get("base")):  # asked of fewer prompts, the base came to this on them
+            axes.plot([bar.row["base"]] * 2, [place - 0.31, place + 0.31], color=MUTED, lw=1.6)
+    axes.set_yticks(range(len(bars)), [_wrapped(bar.name) for bar in bars], fontsize=9)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=LINE, lw=0.8)
@@ -119,7 +157,7 @@ def _bars(column: Column, lines: Sequence[Line], keys: Sequence[str], base: floa
     if base is not None:
         axes.axvline(base, color=MUTED, lw=1, ls=(0, (2, 2)))
         axes.set_xlabel("dashed: base", color=MUTED)
-    told = ", ".join(f"{name} {line.cells[column]['value']:.3g}" for name, line in zip(names, lines, strict=True))
+    told = ", ".join(f"{bar.name} {bar.row['value']:.3g}" for bar in bars)
     return _panel(figure, column, told, list(styles.values()))
 
 
@@ -147,6 +185,9 @@ def _scatter(
         axes.plot(*at, "o", color=style.colour, ms=5)
         axes.annotate(str(number), at, xytext=(4, 4), textcoords="offset points", fontsize=9, color=INK)
         told.append(f"{number} {label(line, keys)}")
+    if not log and len(front := _front([(line.cells[x]["value"], line.cells[y]["value"]) for line in lines])) > 1:
+        axes.plot(*zip(*front, strict=True), color=MUTED, lw=0.9, zorder=1)
+        told.append("line: those that no other beats in both")
     if base is not None and x in base.cells and y in base.cells and not log:
         axes.plot(base.cells[x]["value"], base.cells[y]["value"], "x", color=INK, ms=6)
         told.append("× base")
@@ -164,9 +205,18 @@ def _scatter(
     return Panel(title, as_svg(figure, f"{title}: {'; '.join(told)}", list(styles.values())), "; ".join(told))
 
 
-def _curve(axes: Axes, xs: Sequence[float], rows: Sequence[Any], style: ArmStyle, name: str) -> None:
+def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other point beats in both, from left to right."""
+    beaten = {p for p in points for q in points if q != p and q[0] <= p[0] and q[1] <= p[1]}
+    return sorted(set(points) - beaten)
+
+
+def _curve(
+    axes: Axes, xs: Sequence[float], rows: Sequence[Any], style: ArmStyle, name: str, joined: bool = True
+) -> None:
     """Points joined by a line, each with its interval."""
-    axes.plot(xs, [row["value"] for row in rows], "-o", color=style.colour, lw=1.6, ms=4, label=name)
+    mark = "-o" if joined else "o"
+    axes.plot(xs, [row["value"] for row in rows], mark, color=style.colour, lw=1.6, ms=4, label=name)
     for x, row in zip(xs, rows, strict=True):
         if is_number(row.get("low")) and is_number(row.get("high")):
             axes.plot([x, x], [row["low"], row["high"]], color=style.colour, lw=1, alpha=0.6)

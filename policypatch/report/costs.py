@@ -51,10 +51,15 @@ def size(count: float) -> str:
 
 
 def load_text(group: Group) -> str:
-    """A group of costs for a reader: "32x16" is 16 prompts of 32 tokens at once."""
-    prompt, _, batch = group.split.partition("x")
+    """A group of costs for a reader."""
+    return load_name(group.split)
+
+
+def load_name(split: str) -> str:
+    """What was answered: "32x16" is 16 prompts of 32 tokens at once."""
+    prompt, _, batch = split.partition("x")
     if not (prompt.isdecimal() and batch.isdecimal()):
-        return readable(group.split)
+        return readable(split)
     return f"{batch} prompt{'s' * (batch != '1')} of {prompt} tokens"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Record:
         settings: its config as flat keys, without `NOT_SETTINGS`.
         rows: of its scorecard; none where it did not finish.
         run: its `run.json`.
+        given: the keys that its command, or the sweep it was a job of, set.
         error: why it has no scorecard; None where it has one.
     """
 
@@ -39,6 +40,7 @@ class Record:
     rows: Sequence[Mapping[str, Any]]
     run: Mapping[str, Any]
     error: str | None = None
+    given: frozenset[str] = frozenset()
 
     @property
     def finished(self) -> bool:
@@ -76,13 +78,21 @@ def _run_folders(folder: Path) -> Iterator[Path]:
 
 def read_record(folder: Path) -> Record:
     """One run's folder."""
-    settings = settings_of(folder)
+    settings, given = settings_of(folder), _given(folder)
     if (folder / FAILED).is_file():
         note = read_json(folder / FAILED)
-        return Record(folder, settings, [], {}, str(note.get("message") or note.get("error")))
+        return Record(folder, settings, [], {}, str(note.get("message") or note.get("error")), given)
     if not ((folder / "scorecard.json").is_file() and (folder / "run.json").is_file()):
-        return Record(folder, settings, [], {}, UNFINISHED)
-    return Record(folder, settings, read_json(folder / "scorecard.json"), read_json(folder / "run.json"))
+        return Record(folder, settings, [], {}, UNFINISHED, given)
+    rows, run = read_json(folder / "scorecard.json"), read_json(folder / "run.json")
+    return Record(folder, settings, rows, run, given=given)
+
+
+def _given(folder: Path) -> frozenset[str]:
+    """Keys of the overrides that Hydra wrote down; none of a run that was started without it."""
+    path = folder / ".hydra" / "overrides.yaml"
+    overrides = OmegaConf.load(path) if path.is_file() else ()
+    return frozenset(str(override).partition("=")[0].lstrip("+~") for override in overrides)
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -107,8 +117,10 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(value, f"{prefix}{key}.")
 
 
-def differing(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def differing(all_settings: Sequence[Mapping[str, Any]], given: Collection[str] = ()) -> list[str]:
     """Keys that tell the runs apart, as few as do, and `seed` where that differs.
+
+    A key that a command set stands for itself (`given`): that another one changed along with it explains nothing away.
 
     An option of a group changes a dozen keys at once. Of keys that part the runs in the same way the one that a reader
     would name stands for all (`method.name`, not `method._target_`), and one that follows from another (the learning
@@ -116,15 +128,22 @@ def differing(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     parted: dict[tuple[int, ...], str] = {}
     names = {key for own in all_settings for key in own if key != "seed" and not _is_copy(key, all_settings)}
+    said = {key: _parts(key, all_settings) for key in sorted(names & set(given))}
+    said = {key: parts for key, parts in said.items() if len(set(parts)) > 1}
     for key in sorted(names, key=lambda key: (_rank(key), key.count("."), key)):
-        values = [str(own.get(key)) for own in all_settings]
-        parted.setdefault(tuple(values.index(value) for value in values), key)
-    kept: dict[tuple[int, ...], str] = {}
+        parted.setdefault(_parts(key, all_settings), key)
+    kept = {parts: key for key, parts in said.items()}
     for parts, key in sorted(parted.items(), key=lambda item: -len(set(item[0]))):
         if len(set(parts)) > 1 and not any(_follows(parts, known) for known in kept):
             kept[parts] = key
     seeds = {str(own.get("seed")) for own in all_settings}
-    return sorted([*kept.values(), *(["seed"] if len(seeds) > 1 else [])])
+    return sorted({*kept.values(), *said, *(["seed"] if len(seeds) > 1 else [])})
+
+
+def _parts(key: str, all_settings: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """How a key parts the runs: for each the number of the first one with the same value."""
+    values = [str(own.get(key)) for own in all_settings]
+    return tuple(values.index(value) for value in values)
 
 
 def _is_copy(key: str, all_settings: Sequence[Mapping[str, Any]]) -> bool:

@@ -12,8 +12,8 @@ from policypatch.evaluate.arms import evaluate_arms
 from policypatch.evaluate.measure import filled
 from policypatch.evaluate.metrics import AMT, MeanValue, ToxicRate
 from policypatch.evaluate.probes import Bench, Outcome
-from policypatch.evaluate.scorecard import Scorecard
-from policypatch.files.atomic import read_jsonl
+from policypatch.evaluate.scorecard import PER_PROMPT, Scorecard
+from policypatch.files.atomic import read_json, read_jsonl
 from policypatch.model.arm import Arm
 
 ARMS = {"base": None, "sft": torch.ones(2, 64), "patch": torch.full((2, 64), 2.0)}
@@ -69,6 +69,18 @@ def test_the_own_risk_is_first_and_asked_of_every_arm_the_others_of_base_and_pat
     assert Scorecard.load(tmp_path / "run" / "scorecard.json") == card
     samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
     assert [(row["risk"], row["split"], row["arm"]) for row in samples] == expected
+
+
+def test_figures_are_kept_prompt_by_prompt(evaluate, tmp_path: Path):
+    """The mean over prompts of what is kept is the scorecard's figure."""
+    card = evaluate([Told("toxicity", "rtp")])
+    kept = read_json(tmp_path / "run" / PER_PROMPT)
+    assert len(kept) == len(card) == 9
+    for row, values in zip(card, kept, strict=True):
+        assert (row.arm, row.risk, row.split, row.judge, row.metric) == tuple(
+            values[name] for name in ("arm", "risk", "split", "judge", "metric")
+        )
+        assert len(values["values"]) == 2 and sum(values["values"]) / 2 == pytest.approx(row.value)
 
 
 def test_arms_are_compared_with_the_base_under_every_probe(evaluate):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from policypatch.evaluate import costs
@@ -13,10 +14,11 @@ from policypatch.evaluate.scorecard import COST, Row
 from policypatch.files.cache import counters, reset_counters
 from policypatch.model import decode, latency
 from policypatch.model.arm import Arm
-from policypatch.model.base import Base
+from policypatch.model.base import Base, load_base
 from policypatch.model.form import Guidance
 from policypatch.model.latency import Load, ratios
 from policypatch.model.lora import LoRA, LoRASettings
+from policypatch.model.sampling import Sampling
 
 LOADS = [Load(4, 1), Load(6, 2)]
 
@@ -85,6 +87,29 @@ def test_ratios_are_arm_over_base_in_turn(tiny_base: Base, monkeypatch):
     monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
     found = ratios(tiny_base, patch(tiny_base), Load(4, 1), repeats=2)
     np.testing.assert_allclose(found, [[7 / 4, 1], [7 / 4, 1]])
+
+
+def test_a_single_prompt_is_read_in_one_pass(tiny_base: Base, monkeypatch):
+    """A second one, for what several prompts would share, would be timed as the base's first token."""
+    widths = []
+    forward = decode._forward
+    monkeypatch.setattr(decode, "_forward", lambda m, e, *rest: widths.append(e.shape[1]) or forward(m, e, *rest))
+    decode.sample(tiny_base.model, [[5, 6, 7, 8]], sampling=Sampling(temperature=0.0, max_new_tokens=3))
+    assert widths == [4, 1, 1]
+
+
+def test_adapters_are_timed_in_the_precision_of_the_base(tiny_base_folder: Path, monkeypatch):
+    options = {"revision": None, "dtype": "bfloat16", "device": "cpu", "attention": "sdpa", "quantize": None}
+    base = load_base(OmegaConf.create({"name": "tiny", "source": None, "path": str(tiny_base_folder), **options}))
+    lora = LoRA(base, LoRASettings(2, 4), 0)
+    before = {name: p.detach().clone() for name, p in lora.parameters.items()}
+    seen = []
+    monkeypatch.setattr(
+        latency, "_seconds", lambda *_: seen.append({p.dtype for p in lora.parameters.values()}) or np.ones(2)
+    )
+    ratios(base, Arm("lora", lora=lora.state()), Load(4, 1), 1)
+    assert seen[0] == {torch.bfloat16}
+    assert all(torch.equal(p, before[name]) and p.dtype == torch.float32 for name, p in lora.parameters.items())
 
 
 def test_a_safety_prompt_is_read_as_well(tiny_base: Base, monkeypatch):

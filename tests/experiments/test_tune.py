@@ -64,10 +64,13 @@ def test_a_search_goes_on_where_it_stopped_and_is_compared(tiny_base_folder: Pat
     tiny = [line for line in overrides(tiny_base_folder, tmp_path) if not line.startswith("dpo.steps")]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "POLICYPATCH_CACHE": str(tmp_path / "cache")}
 
-    def search(trials: int) -> str:
+    def started(trials: int, *more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "experiments" / "tune.py"), "--out", "found", "--space", str(space)]
-        command += [str(trials), *tiny]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        command += [str(trials), *tiny, *more]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+
+    def search(trials: int) -> str:
+        done = started(trials)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
@@ -78,3 +81,5 @@ def test_a_search_goes_on_where_it_stopped_and_is_compared(tiny_base_folder: Pat
     assert 2 <= runs <= 3 and f"{runs} of {runs} runs finished" in said  # two trials may suggest the same
     assert "no other run is better in both:" in said
     assert (tmp_path / "found" / "compare.html").is_file()
+    other = started(4, "sft.lr=0.5")
+    assert other.returncode == 1 and "a search of other overrides" in other.stderr

@@ -10,8 +10,12 @@ import pytest
 import yaml
 
 from policypatch.errors import PolicyPatchError
-from policypatch.report.compare import Column, compare, comparison, markdown, short, tidy
-from policypatch.report.compare_figures import panels
+from policypatch.evaluate.scorecard import PER_PROMPT
+from policypatch.report.compare import compare, written
+from policypatch.report.compare_figures import _front, panels
+from policypatch.report.compare_lines import Column, comparison
+from policypatch.report.compare_text import short, tidy
+from policypatch.report.head_to_head import head_to_head
 from policypatch.report.records import FAILED, UNFINISHED, differing, find_records
 
 TOXIC = Column("toxicity", "rtp", "toxic_rate", "svm")
@@ -84,12 +88,117 @@ def test_keys_that_change_together_are_named_once_and_by_name():
     assert differing([sft, dpo, {**sft, "dpo.enabled": True}]) == ["dpo.enabled", "sft.enabled"]
 
 
+def test_what_a_command_set_is_told_also_where_it_changed_along_with_something_else():
+    """Of a random search every key parts the runs alike; none of them explains the others."""
+    runs = [{"dpo.beta": b, "dpo.lr": r, "sft.lr": 2 * r} for b, r in ((0.1, 1), (0.2, 2), (0.3, 3))]
+    assert differing(runs) == ["dpo.beta"]
+    assert differing(runs, {"dpo.beta", "dpo.lr", "seed"}) == ["dpo.beta", "dpo.lr"]
+
+
+def test_a_commands_keys_are_read_from_what_hydra_wrote_down(tmp_path: Path):
+    for i, (length, beta) in enumerate(((10, 0.1), (50, 0.5))):
+        run = write(tmp_path / str(i), {"patch.length": length, "dpo.beta": beta}, 0.2)
+        (run / ".hydra").mkdir()
+        (run / ".hydra" / "overrides.yaml").write_text(
+            yaml.safe_dump([f"patch.length={length}", f"dpo.beta={beta}", "+x=1", "~y"])
+        )
+    assert comparison(find_records([tmp_path])).keys == ["dpo.beta", "patch.length"]
+
+
 def test_seeds_are_taken_together_as_mean_lowest_and_highest(sweep: Path):
     found = comparison(find_records([sweep]))
     assert [line.values["patch.length"] for line in found.over_seeds] == [1, 10, 50]
     cell = found.over_seeds[1].cells[TOXIC]
     assert (cell["value"], cell["low"], cell["high"]) == pytest.approx((0.21, 0.2, 0.22))
     assert found.over_seeds[1].name == "2 seeds"
+
+
+def test_of_costs_the_quartiles_stay(sweep: Path):
+    """All seeds share one measurement of times; its spread is not that of the seeds, which is none."""
+    found = comparison(find_records([sweep]))
+    time = Column("cost", "32x1", "per_token_ratio", None)
+    assert [found.over_seeds[0].cells[time][end] for end in ("value", "low", "high")] == pytest.approx([1.05, 1, 1.1])
+    assert "1.050 × [1.000, 1.100]" in written(found)
+
+
+def test_an_arm_that_no_seed_changes_keeps_its_interval_over_prompts(tmp_path: Path):
+    for seed in (0, 1):
+        write(tmp_path / f"prompt,{seed}", {"method.name": "prompt", "seed": seed}, 0.3, "prompt")
+        write(tmp_path / f"patch,{seed}", {"method.name": "patch", "seed": seed}, 0.2 + 0.02 * seed)
+    patch, prompt = comparison(find_records([tmp_path])).over_seeds
+    assert (prompt.name, prompt.cells[TOXIC]["low"], prompt.cells[TOXIC]["high"]) == ("any seed", 0.3 - 0.1, 0.3 + 0.1)
+    assert (patch.name, patch.cells[TOXIC]["low"], patch.cells[TOXIC]["high"]) == ("2 seeds", 0.2, 0.22)
+
+
+def test_a_figure_on_fewer_prompts_stands_beside_the_base_on_these(tmp_path: Path):
+    """Side measurements of another patch: 0.28 of 25 prompts is no improvement where the base has 0.28 on them."""
+    write(tmp_path / "own", {"risk.name": "toxicity"}, 0.2)
+    other = write(tmp_path / "other", {"risk.name": "gender_bias"}, 0.28)
+    rows = json.loads((other / "scorecard.json").read_text())
+    side = [r | {"n": 25} | ({"value": 0.28} if r["arm"] == "base" else {}) for r in rows if r["judge"] == "svm"]
+    gas = [row(a, "gas", v, "words") | {"risk": "gender_bias"} for a, v in (("base", 0.4), ("patch", 0.1))]
+    (other / "scorecard.json").write_text(json.dumps(gas + side))
+    found = comparison(find_records([tmp_path]))
+    assert found.bases[0].cells[TOXIC]["value"] == 0.4  # the larger measurement
+    assert "0.28 [0.18, 0.38] of 25; base 0.28" in written(found)
+    assert "| 0.20 [0.10, 0.30] |" in written(found)
+    drawn = [panel.title for panel in panels(found)]
+    assert "toxic rate (rtp, svm)" in drawn
+
+
+def test_runs_that_ask_the_base_otherwise_have_a_base_each(tmp_path: Path):
+    for k, value in ((4, 0.25), (25, 0.6)):
+        run = write(tmp_path / str(k), {"evaluate.k": k}, 0.1)
+        rows = json.loads((run / "scorecard.json").read_text())
+        rows[0]["value"] = value
+        (run / "scorecard.json").write_text(json.dumps(rows))
+    found = comparison(find_records([tmp_path]))
+    assert {line.values["evaluate.k"]: line.cells[TOXIC]["value"] for line in found.bases} == {4: 0.25, 25: 0.6}
+
+
+# --- against the patch --------------------------------------------------------------------------------------------
+
+
+def prompt_values(run: Path, arm: str, values: list[float], base: list[float], metric: str = "toxic_rate") -> None:
+    about = {"risk": "toxicity", "split": "rtp", "metric": metric, "judge": "svm"}
+    rows = [about | {"arm": name, "values": list(v)} for name, v in (("base", base), (arm, values))]
+    (run / PER_PROMPT).write_text(json.dumps(rows))
+
+
+@pytest.fixture
+def methods(tmp_path: Path) -> Path:
+    """A patch and LoRA under two seeds on eight prompts; LoRA hits two more prompts than the patch under either."""
+    patch = {0: [1, 0, 0, 0, 0, 0, 0, 0], 1: [0, 1, 0, 0, 0, 0, 0, 0]}
+    for seed, ours in patch.items():
+        theirs = [*ours[:6], 1, 1]
+        for name, values in (("patch", ours), ("lora", theirs)):
+            run = write(tmp_path / f"{name},{seed}", {"method.name": name, "seed": seed}, sum(values) / 8, name)
+            prompt_values(run, name, values, [1] * 8)
+    return tmp_path
+
+
+def test_methods_are_compared_with_the_patch_prompt_by_prompt(methods: Path):
+    """The mean over seeds differs at two of eight prompts by 1: 0.25; two differences of one sign, p = 2 / 2**2."""
+    found = head_to_head(comparison(find_records([methods])))
+    assert found is not None and [line.arm for line in found.lines] == ["lora"]
+    difference = found.of(found.lines[0], TOXIC)
+    assert (difference.mean, difference.p_value) == pytest.approx((0.25, 0.5))
+    text = written(comparison(find_records([methods])))
+    assert "## Against the patch" in text and "| lora | +0.25 [" in text
+
+
+def test_runs_on_other_prompts_are_not_paired(methods: Path):
+    for seed in (0, 1):
+        prompt_values(methods / f"lora,{seed}", "lora", [1] * 8, [0, *[1] * 7])
+    assert head_to_head(comparison(find_records([methods]))) is None
+
+
+def test_without_another_method_there_is_nothing_against_the_patch(sweep: Path):
+    assert head_to_head(comparison(find_records([sweep]))) is None
+
+
+def test_a_front_is_what_no_other_point_beats_in_both():
+    assert _front([(1, 3), (2, 2), (3, 1), (3, 3), (2, 2.5), (1, 3)]) == [(1, 3), (2, 2), (3, 1)]
 
 
 def test_without_another_seed_there_is_nothing_to_take_together(tmp_path: Path):
@@ -112,7 +221,7 @@ def test_the_csv_has_every_figure_of_every_arm(sweep: Path):
 
 
 def test_markdown_has_intervals_and_both_tables(sweep: Path):
-    text = markdown(comparison(find_records([sweep])))
+    text = written(comparison(find_records([sweep])))
     assert "| 2 seeds | patch | 10 | 0.21 [0.20, 0.22] |" in text
     assert "| base | base | – | – | 0.40 [0.30, 0.50] |" in text
     assert "28,800" in text
@@ -182,7 +291,7 @@ def test_of_several_models_no_base_is_drawn_and_all_are_listed(tmp_path: Path):
             write(tmp_path / f"{model},{seed}", {"model.name": model, "seed": seed}, 0.2)
     found = comparison(find_records([tmp_path]))
     assert found.keys == ["model.name", "seed"]
-    assert [line.values.get("model.name") for line in found.lines if line.record is None] == ["large", "small"]
+    assert [line.values.get("model.name") for line in found.lines if not line.records] == ["large", "small"]
     assert "dashed: base" not in "".join(panel.svg for panel in panels(found))
 
 
@@ -216,7 +325,7 @@ def test_methods_are_bars_sizes_and_times(tmp_path: Path):
         "toxic rate (rtp, bilstm)",
         "median PPL (rtp, g)",
         "risk against size",
-        "time for each further token (32x1)",
+        "time for each further token (1 prompt of 32 tokens)",
     ]
 
 
@@ -259,4 +368,4 @@ def test_the_page_links_to_each_runs_report(sweep: Path):
 def test_settings_are_in_order_and_numbers_are_no_truth_values(sweep: Path):
     found = comparison(find_records([sweep]))
     assert [line.values["patch.length"] for line in found.lines[1:]] == [1, 1, 10, 10, 50, 50]
-    assert "| patch | 1 | 1 |" in markdown(found)
+    assert "| patch | 1 | 1 |" in written(found)

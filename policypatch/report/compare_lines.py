@@ -1,0 +1,228 @@
+"""How runs are arranged to be compared: which columns speak for them, a line for each, seeds taken together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from policypatch.errors import PolicyPatchError
+from policypatch.evaluate.scorecard import COST
+from policypatch.report.metrics import is_risk
+from policypatch.report.records import Record, differing
+from policypatch.report.scorecard import UTILITY, Group, Row, costs_of, final_arm, groups_of, own_and_others
+from policypatch.report.scorecard import Line as TableLine
+from policypatch.report.wording import is_number
+
+REFUSALS = ("over_refusal", "benign_refusal")
+QUALITY = ("ppl_median", "text_ppl", "kl_benign")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure that runs are compared by."""
+
+    risk: str
+    split: str
+    metric: str
+    judge: str | None
+
+    @classmethod
+    def of_line(cls, group: Group, line: TableLine) -> Column:
+        """The column of a line of a scorecard's table."""
+        return cls(group.risk, group.split, line.metric, line.judge)
+
+    @classmethod
+    def of(cls, row: Row) -> Column:
+        """The column that a scorecard row stands in."""
+        return cls(str(row.get("risk")), str(row.get("split")), str(row["metric"]), row.get("judge"))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the comparison.
+
+    Attributes:
+        name: base, or the run's folder; of seeds taken together how many there are.
+        arm: whose figures these are.
+        values: of the differing keys.
+        cells: scorecard rows by column. Where a run measured a set on fewer prompts than another did, `base` is what
+            the base came to on these. Of seeds taken together `value` is their mean, `low` and `high` the extremes.
+        records: the runs; none for the base.
+    """
+
+    name: str
+    arm: str
+    values: Mapping[str, Any]
+    cells: Mapping[Column, Row]
+    records: Sequence[Record] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared.
+
+    Attributes:
+        records: all runs.
+        keys: in what they differ.
+        columns: the figures that speak for the runs; the CSV has everything.
+        costs: all costs that a run has.
+        lines: the base's, then one for each finished run.
+        over_seeds: one for each setting, where runs differ in their seed as well; else none.
+    """
+
+    records: Sequence[Record]
+    keys: Sequence[str]
+    columns: Sequence[Column]
+    costs: Sequence[Column]
+    lines: Sequence[Line]
+    over_seeds: Sequence[Line] = field(default_factory=list)
+
+    @property
+    def bases(self) -> list[Line]:
+        """The lines of the base: one for each model, and for each way of asking it."""
+        return [line for line in self.lines if not line.records]
+
+    @property
+    def settings(self) -> list[Line]:
+        """One line for each setting: of its seeds together, where there are several."""
+        return [*(self.over_seeds or [line for line in self.lines if line.records])]
+
+    @property
+    def failed(self) -> list[Record]:
+        """Runs without a scorecard."""
+        return [record for record in self.records if not record.finished]
+
+    def summary(self) -> str:
+        """For the terminal: how many there are, what they shared, and what became of those that failed."""
+        done = len(self.records) - len(self.failed)
+        lines = [f"{done} of {len(self.records)} runs finished"]
+        if made := self.made:
+            shared = ", ".join(f"{kind} {misses} made {hits} found" for kind, (misses, hits) in sorted(made.items()))
+            lines.append(f"cache, all runs: {shared}")
+        lines += [f"failed: {record.folder.name}: {record.error}" for record in self.failed]
+        return "\n".join(lines)
+
+    @property
+    def made(self) -> dict[str, tuple[int, int]]:
+        """By kind how many entries of the cache the runs made, and how many they found made."""
+        total: dict[str, tuple[int, int]] = {}
+        for record in self.records:
+            for kind, counts in (record.run.get("cache") or {}).items():
+                misses, hits = total.get(kind, (0, 0))
+                total[kind] = misses + counts["misses"], hits + counts["hits"]
+        return total
+
+
+def comparison(records: Sequence[Record]) -> Comparison:
+    """Arrange the runs.
+
+    Raises:
+        PolicyPatchError: there are none.
+    """
+    if not records:
+        raise PolicyPatchError("there is no run to compare")
+    finished = [record for record in records if record.finished]
+    compared = finished or records
+    given = frozenset().union(*(record.given for record in compared))
+    keys = differing([record.settings for record in compared], given)
+    largest = _prompts(finished)
+    lines = sorted((_line(record, keys, largest) for record in finished), key=lambda line: _order(line, keys))
+    columns, costs = _columns(finished)
+    over_seeds = _over_seeds(lines, keys) if "seed" in keys else []
+    return Comparison(records, keys, columns, costs, [*_base_lines(finished, keys), *lines], over_seeds)
+
+
+def _prompts(finished: Sequence[Record]) -> dict[Column, int]:
+    """On how many prompts a figure was measured at most."""
+    largest: dict[Column, int] = {}
+    for record in finished:
+        for row in record.rows:
+            largest[Column.of(row)] = max(largest.get(Column.of(row), 0), row.get("n", 0))
+    return largest
+
+
+def _line(record: Record, keys: Sequence[str], largest: Mapping[Column, int]) -> Line:
+    arm = final_arm(record.rows) or "base"
+    bases = {Column.of(row): row for row in record.rows if row["arm"] == "base"}
+    cells = {}
+    for row in (row for row in record.rows if row["arm"] == arm):
+        column = Column.of(row)
+        partial = column in bases and row.get("n", 0) < largest[column]
+        cells[column] = {**row, "base": bases[column]["value"]} if partial else row
+    return Line(record.folder.name, arm, {key: record.settings.get(key) for key in keys}, cells, [record])
+
+
+def _order(line: Line, keys: Sequence[str]) -> list[tuple[bool, float, str]]:
+    """By the values of the keys, numbers as numbers."""
+    values = [line.values[key] for key in keys]
+    return [(not is_number(value), float(value) if is_number(value) else 0.0, str(value)) for value in values]
+
+
+def _base_lines(finished: Sequence[Record], keys: Sequence[str]) -> list[Line]:
+    """The base's figures: one line where all runs have the same base and ask it the same."""
+    asked = [key for key in keys if key == "model.name" or key.startswith("evaluate.")]
+    found: dict[tuple[str, ...], tuple[Record, dict[Column, Row]]] = {}
+    for record in finished:
+        _, own = found.setdefault(tuple(str(record.settings.get(key)) for key in asked), (record, {}))
+        for row in record.rows:
+            # Of a set that is one run's own and another's side, the larger measurement counts.
+            known = own.get(Column.of(row))
+            if row["arm"] == "base" and (known is None or row.get("n", 0) > known.get("n", 0)):
+                own[Column.of(row)] = row
+    return [
+        Line("base", "base", {key: record.settings.get(key) for key in asked}, own)
+        for record, own in found.values()
+        if own
+    ]
+
+
+def _columns(finished: Sequence[Record]) -> tuple[list[Column], list[Column]]:
+    """What speaks for each run (its own risk's figures and fluency, others' headlines, utility), and every cost."""
+    found: dict[Column, None] = {}
+    costs: dict[Column, None] = {}
+    for record in finished:
+        own, others = own_and_others(groups_of(record.rows))
+        for group in [*own, *others]:
+            found |= dict.fromkeys(Column.of_line(group, line) for line in _speaking(group, group is own[0]))
+        for group in costs_of(record.rows):
+            costs |= dict.fromkeys(Column.of_line(group, line) for line in group.lines)
+    return list(found), [*costs]
+
+
+def _speaking(group: Group, first: bool) -> list[TableLine]:
+    """Of a group's lines those that speak for it: all that matter in the first, else one for each kind."""
+    risk = [line for line in group.lines if is_risk(line.metric)]
+    refusals = [line for line in group.lines if line.metric in REFUSALS]
+    quality = [line for line in group.lines if line.metric in QUALITY and (first or group.risk == UTILITY)]
+    return [*risk, *refusals, *quality] if first else [*risk[:1], *refusals[:1], *quality]
+
+
+def _over_seeds(lines: Sequence[Line], keys: Sequence[str]) -> list[Line]:
+    """Lines of the same settings but the seed, as one each."""
+    groups: dict[tuple[str, ...], list[Line]] = {}
+    for line in lines:
+        groups.setdefault(tuple(str(line.values.get(key)) for key in keys if key != "seed"), []).append(line)
+    return [_together(group) for group in groups.values()] if any(len(group) > 1 for group in groups.values()) else []
+
+
+def _together(lines: Sequence[Line]) -> Line:
+    first = lines[0]
+    values = {**first.values, "seed": None}
+    records = [record for line in lines for record in line.records]
+    shared = [c for c in first.cells if all(c in line.cells for line in lines)]
+    figures = [c for c in shared if c.risk != COST]
+    if len(lines) > 1 and figures and all(line.cells[c] == first.cells[c] for line in lines for c in figures):
+        # Base, prompt and teacher: no seed changes them, and a spread of nothing would pass for certainty.
+        return Line("any seed", first.arm, values, {c: first.cells[c] for c in shared}, records)
+    cells = {c: _mean(c, [line.cells[c] for line in lines]) for c in shared}
+    return Line(f"{len(lines)} seed{'s' * (len(lines) > 1)}", first.arm, values, cells, records)
+
+
+def _mean(column: Column, rows: Sequence[Row]) -> Row:
+    """Mean, lowest and highest; of costs, whose rows may be one measurement that all share, the widest interval."""
+    values = [float(row["value"]) for row in rows]
+    low, high = values, values
+    if column.risk == COST or len(rows) == 1:
+        low, high = ([float(row.get(end, row["value"])) for row in rows] for end in ("low", "high"))
+    return {**rows[0], "value": sum(values) / len(values), "low": min(low), "high": max(high)}
