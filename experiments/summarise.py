@@ -20,12 +20,10 @@ from rich.console import Console
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.scorecard import Row, Scorecard
 from policypatch.files.atomic import atomic_path, write_json
-from policypatch.report.records import differing, settings_of
+from policypatch.report.records import BESIDE, differing, settings_of
 
 FIGURES = ("value", "low", "high", "upper", "delta", "p_value")
 KEY = ("risk", "split", "metric", "judge")
-# What is measured beside the patch's own risk makes no other patch.
-MEASURED = ("others.", "evaluate.after_sft", "evaluate.costs")
 Runs = Annotated[list[Path], typer.Argument(help="folders of finished runs")]
 Out = Annotated[Path, typer.Option(help="folder that is written to")]
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -39,7 +37,7 @@ def seeds(runs: Runs, out: Out) -> None:
     """
     settings = [settings_of(run) for run in runs]
     unlike = [key for key in sorted(set().union(*settings)) if _differs(settings, key)]
-    if others := [key for key in unlike if not (key.endswith("seed") or key.startswith(MEASURED))]:
+    if others := [key for key in unlike if not (key.endswith("seed") or key.startswith(BESIDE))]:
         raise PolicyPatchError(f"the runs differ in {others[0]}: give runs that differ in their seed alone")
     given = [own["seed"] for own in settings]
     if twice := [seed for seed in given if given.count(seed) > 1]:

@@ -17,6 +17,9 @@ from policypatch.files.atomic import read_json
 FAILED = "failed.json"
 """In the folder of a run that failed: `error`, `message` and, where nobody foresaw it, `traceback`."""
 NOT_SETTINGS = ("name", "logger")  # top-level keys that change nothing in a run
+ALWAYS = ("risk.name", "model.name")  # keys that runs are told apart by wherever they differ
+BESIDE = ("others.", "evaluate.after_sft", "evaluate.costs")
+"""Beginnings of keys that say what else is measured, which makes no other patch and no other figure."""
 UNFINISHED = "did not finish: started again in this folder (hydra.run.dir=FOLDER), it goes on where it stopped"
 REFUSED = "refused.json"
 """In the folder of another configuration's run: that a job of a sweep was refused because of it."""
@@ -120,15 +123,17 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def differing(all_settings: Sequence[Mapping[str, Any]], given: Collection[str] = ()) -> list[str]:
     """Keys that tell the runs apart, as few as do, and `seed` where that differs.
 
-    A key that a command set stands for itself (`given`): that another one changed along with it explains nothing away.
+    A key that a command set stands for itself (`given`), and so do risk and model: that another one changed along with
+    it explains nothing away.
 
     An option of a group changes a dozen keys at once. Of keys that part the runs in the same way the one that a reader
     would name stands for all (`method.name`, not `method._target_`), and one that follows from another (the learning
     rate from the method) is left out. The seed stands for nothing but itself, and its copies for nothing at all.
     """
     parted: dict[tuple[int, ...], str] = {}
-    names = {key for own in all_settings for key in own if key != "seed" and not _is_copy(key, all_settings)}
-    said = {key: _parts(key, all_settings) for key in sorted(names & set(given))}
+    names = {key for own in all_settings for key in own if key != "seed" and not key.startswith(BESIDE)}
+    names = {key for key in names if not _is_copy(key, all_settings)}
+    said = {key: _parts(key, all_settings) for key in sorted(names & {*given, *ALWAYS})}
     said = {key: parts for key, parts in said.items() if len(set(parts)) > 1}
     for key in sorted(names, key=lambda key: (_rank(key), key.count("."), key)):
         parted.setdefault(_parts(key, all_settings), key)
@@ -160,7 +165,7 @@ def _follows(parts: Sequence[int], known: Sequence[int]) -> bool:
 
 def _rank(key: str) -> int:
     """Names and what the command line usually says come first, classes and copies of other keys last."""
-    if key in ("risk.name", "model.name"):
+    if key in ALWAYS:
         return 0
     if key.startswith(("method.", "init.")):
         return {"name": 0, "kind": 0}.get(key.partition(".")[2], 3)
