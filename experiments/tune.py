@@ -53,10 +53,9 @@ def tune(
         load_if_exists=True,
     )
     asked = {"overrides": list(overrides or []), "space": searched}
-    if study.user_attrs and study.user_attrs != asked:
+    if study.trials and study.user_attrs.get("asked") != asked:
         raise PolicyPatchError(f"{out} holds a search of other overrides or another space: choose another --out")
-    for name, value in asked.items():
-        study.set_user_attr(name, value)
+    study.set_user_attr("asked", asked)
     for trial in study.get_trials(states=[TrialState.RUNNING]):  # an interrupted search's last one is taken up again
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params)

@@ -15,23 +15,23 @@ from policypatch.model.base import Base
 from policypatch.model.form import PLAIN
 from policypatch.model.latency import NEW_TOKENS
 
+SCORER_TOKENS = 2  # of its own that a scorer may need for a token of the base's
 
-def check_context(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher) -> None:
+
+def check_context(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher, vectors: int) -> None:
     """Refuse a patch, training prompts or timed prompts that are too long for the base's positions."""
     if base.context is None:
         return
     trained = cfg.data.max_prompt_tokens + cfg.data.max_completion_tokens
-    if cfg.patch.length + trained > base.context:
+    if vectors + trained > base.context:
         raise PolicyPatchError(
-            f"patch.length is {cfg.patch.length}: with prompts and completions of up to {trained} tokens it exceeds "
+            f"patch.length is {vectors}: with prompts and completions of up to {trained} tokens it exceeds "
             f"the context of {cfg.model.name} ({base.context}); shorten patch.length, data.max_prompt_tokens or "
             "data.max_completion_tokens"
         )
-    if (longest := max(cfg.evaluate.costs.prompts, default=0)) and (
-        cfg.patch.length + longest + NEW_TOKENS > base.context
-    ):
+    if (longest := max(cfg.evaluate.costs.prompts, default=0)) and (vectors + longest + NEW_TOKENS > base.context):
         raise PolicyPatchError(
-            f"evaluate.costs.prompts has {longest}: with {cfg.patch.length} vectors before and {NEW_TOKENS} new tokens "
+            f"evaluate.costs.prompts has {longest}: with {vectors} vectors before and {NEW_TOKENS} new tokens "
             f"after it exceeds the context of {cfg.model.name} ({base.context}); shorten it"
         )
     if new := OmegaConf.select(cfg, "teacher.sampling.max_new_tokens"):
@@ -43,28 +43,43 @@ def check_context(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher) -> N
 
 
 def check_readings(
-    own: Sequence[Probe], others: Sequence[Probe], plan: Plan, base: Base, scorer: Base, vectors: int
+    cfg: DictConfig,
+    own: Sequence[Probe],
+    others: Sequence[Probe],
+    plan: Plan,
+    base: Base,
+    scorer: Base,
+    vectors: int,
 ) -> None:
     """Refuse texts of the evaluation that are too long for base and patch, or for the scorer."""
-    for probes, key in ((own, "risk"), (others, "others")):
-        for probe in probes:
-            where = probe.risk if key == "others" else "evaluation"
-            for reading in probe.readings(plan):
-                reader = (scorer, 0) if reading.by_scorer else (base, vectors)
-                _check(f"{key}.{where}, {probe.split},", reading, *reader)
+    for probe in [*own, *others]:
+        for reading in probe.readings(plan):
+            key = _key(cfg, "risk" if probe in own else f"others.{probe.risk}", probe.split)
+            _check(key, reading, *((scorer, 0) if reading.by_scorer else (base, vectors)), scorer is base)
 
 
-def _check(what: str, reading: Reading, reader: Base, vectors: int) -> None:
+def _key(cfg: DictConfig, section: str, split: str) -> str:
+    """Where a set stands in the config; of one that is made of several keys its name."""
+    for key in (f"{section}.evaluation.{split}", f"{section}.{split}"):
+        if OmegaConf.select(cfg, key) is not None:
+            return key
+    return f"{section} ({split})"
+
+
+def _check(what: str, reading: Reading, reader: Base, vectors: int, one_model: bool = True) -> None:
     window = sliding_window(reader.model) if reading.whole else None
     limit = min((n for n in (reader.context, window) if n is not None), default=None)
     if limit is None or not reading.texts:
         return
-    lengths = [len(reader.encode_prompt(text, reading.form)) for text in reading.texts]
+    # A text that is scored whole has the start token before it, also where the tokenizer puts none there.
+    before = len(reader.start) if reading.whole and not reading.new and not reader.encode_prompt("") else 0
+    new = reading.new * (1 if one_model or not reading.by_scorer else SCORER_TOKENS)
+    lengths = [before + len(reader.encode_prompt(text, reading.form)) for text in reading.texts]
     longest = max(lengths)
-    if vectors + longest + reading.new > limit:
-        role, remedy = ("scorer ", "or take another scorer=") if reading.by_scorer else ("", "patch or max_new_tokens")
+    if vectors + longest + new > limit:
+        role, remedy = ("scorer ", ", or take another scorer=") if reading.by_scorer else ("", "")
+        after = f" and {new} tokens after it" if new else ""
         raise PolicyPatchError(
-            f"{what} has a prompt of {longest} tokens (number {lengths.index(longest) + 1}): with {vectors} vectors "
-            f"before and {reading.new} tokens after it exceeds the context of {role}{reader.identity.id} ({limit}); "
-            f"shorten prompts, {remedy}"
+            f"{what} has a text of {longest} tokens (number {lengths.index(longest) + 1}): with {vectors} vectors "
+            f"before{after} it exceeds the context of {role}{reader.identity.id} ({limit}); shorten it{remedy}"
         )

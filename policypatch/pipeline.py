@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,8 @@ from policypatch.training import trained_arms
 
 log = logging.getLogger(__name__)
 
-AFTER_TRAINING = ("evaluate", "others", "scorer")  # top-level keys that no stage of the training reads
+AFTER_TRAINING = ("others", "scorer", "evaluate")  # top-level keys that no stage of the training reads
+PROMPTS = ("prompts", "other_prompts")  # but these of `evaluate`: what is measured on is never trained on
 
 
 def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> Scorecard:
@@ -99,13 +99,18 @@ def _refuse_foreign_folder(folder: Path, resolved: Any) -> None:
     One that did not finish may be taken up with another evaluation: its training stands.
     """
     path = folder / "config.yaml"
-    free = ("logger",) if (folder / "run.json").is_file() else ("logger", *AFTER_TRAINING)
-    if path.is_file() and _without(OmegaConf.load(path), free) != _without(resolved, free):
+    if not path.is_file():
+        return
+    finished = (folder / "run.json").is_file()
+    if _bound(OmegaConf.to_container(OmegaConf.load(path)), finished) != _bound(resolved, finished):
         raise ForeignFolder(f"{folder} holds a run of another configuration: choose another name=, or remove it")
 
 
-def _without(config: Any, keys: Sequence[str]) -> dict[str, Any]:
-    return {key: value for key, value in dict(config).items() if key not in keys}
+def _bound(config: Any, finished: bool) -> dict[str, Any]:
+    """The part of a config that a folder is bound to; where a run is logged never is."""
+    free = ("logger",) if finished else ("logger", *AFTER_TRAINING)
+    bound = {key: value for key, value in config.items() if key not in free}
+    return bound if finished else bound | {f"evaluate.{key}": config["evaluate"].get(key) for key in PROMPTS}
 
 
 def _measured(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -19,7 +18,7 @@ from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.probes import Plan, Probe, SampledProbe
 from policypatch.methods import Method, Trained, Untrained
 from policypatch.model.base import Base, load_base
-from policypatch.model.completions import check_scores
+from policypatch.model.completions import checked_scores
 from policypatch.model.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ def prepare(cfg: DictConfig) -> Prepared:
     others = _other_probes(cfg, risk, base)
     for judge in {id(j): j for probe in [*own, *others] for j in getattr(probe, "judges", {}).values()}.values():
         # One that cannot be had, or answers with NaN, must not be found out after the training.
-        check_scores(judge, np.asarray(judge.score(["A text."], ["A request."]), dtype=np.float64), 1, 1)
+        checked_scores(judge, judge.score(["A text."], ["A request."]), 1, 1)
     _check_method(method, base, teacher, [*own, *others])
     scorer = base if cfg.scorer.name == "base" else load_base(cfg.scorer, "scorer")
     if scorer is not base and not scorer.identity.differences(base.identity):
@@ -83,8 +82,9 @@ def prepare(cfg: DictConfig) -> Prepared:
             f"scorer {cfg.scorer.name} is the same model as {cfg.model.name}: choose another, or say scorer=base"
         )
     plan = _plan(cfg)
-    check_context(cfg, base, risk, teacher)
-    check_readings(own, others, plan, base, scorer, cfg.patch.length)
+    vectors = getattr(method, "length", 0)
+    check_context(cfg, base, risk, teacher, vectors)
+    check_readings(cfg, own, others, plan, base, scorer, vectors)
     return Prepared(base, scorer, risk, teacher, method, own, others, plan)
 
 

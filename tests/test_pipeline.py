@@ -289,6 +289,8 @@ def test_an_unfinished_run_goes_on_under_another_evaluation(go, tmp_path: Path, 
             go()
     for stage in (SFTModule, DPOModule):
         monkeypatch.setattr(stage, "training_step", lambda *_: pytest.fail("was trained"))
+    with pytest.raises(PolicyPatchError, match="another configuration"):
+        go(evaluate__other_prompts=3)  # of which sets are left out of training
     go(evaluate__k=2)
     with pytest.raises(PolicyPatchError, match="another configuration"):
         go(evaluate__k=3)
@@ -322,7 +324,7 @@ def test_a_scorer_that_is_the_base_itself_is_refused(go, tiny_base_folder: Path,
         ({"model.path": "/nope"}, ["model.path", "/nope"]),
         ({"patch.length": 500}, ["patch.length is 500", "context", "512"]),
         ({"data.max_prompt_tokens": 600}, ["data.max_prompt_tokens", "512"]),
-        ({"evaluate.sampling.max_new_tokens": 505}, ["risk.evaluation, rtp", "512", "number"]),
+        ({"evaluate.sampling.max_new_tokens": 505}, ["risk.evaluation.rtp", "512", "number"]),
         ({"teacher.sampling.max_new_tokens": 510}, ["risk.train", "512"]),
         ({"dpo.reference": "teacher"}, ["dpo.reference=teacher", "best_of_n"]),
         ({"teacher.judges": "[nobody]"}, ["teacher.judges", "nobody", "svm, other"]),

@@ -64,7 +64,7 @@ LONG = "the train " * 250  # 500 tokens or more of a context of 512
     ("risk", "key", "words"),
     [
         ("toxicity", "risk.train.source", ["risk.train", "(number 2)"]),
-        ("toxicity", "risk.evaluation.rtp.source", ["risk.evaluation, rtp", "(number 2)"]),
+        ("toxicity", "risk.evaluation.rtp.source", ["risk.evaluation.rtp", "(number 2)"]),
         ("harmfulness", "risk.benign.plain.source", ["risk.benign"]),
         ("harmfulness", "risk.plain.source", ["benign"]),
         ("toxicity", "others.harmfulness.scary.source", ["others.harmfulness", "scary", "(number 2)"]),
@@ -136,7 +136,7 @@ class Unchecked:
 
 def test_nan_of_a_judge_that_checks_nothing_is_found_where_it_appears(go, tmp_path: Path):
     """It scores no pairs, so it is found in the evaluation: the figures before it stay."""
-    with pytest.raises(PolicyPatchError, match=r"toxicity, rtp, base: judge mine: completion 1 of prompt 1 scored nan"):
+    with pytest.raises(PolicyPatchError, match=r"toxicity, rtp, base: judge mine: .*1 scored nan"):
         go("toxicity", **{"+risk.judges.mine": "{_target_:test_run_failures.Unchecked}"})
     assert (tmp_path / "run" / "samples.jsonl").exists()
     assert not list((tmp_path / "cache").glob("judgements/*mine*"))

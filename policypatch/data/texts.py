@@ -55,7 +55,7 @@ def read_rows(
         (text.strip(), {}) for text in _plain_texts(path, suffix) if text.strip()
     ]
     if not texts:
-        raise PolicyPatchError(f"{path} is empty: expected one text a line")
+        raise PolicyPatchError(f"{path} is empty: expected texts")
     return texts
 
 

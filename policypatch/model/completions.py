@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -105,29 +105,29 @@ class Completions:
         def make() -> np.ndarray:
             log.info("judging %d texts by %s", len(self.texts) * self.k, judge.name)
             prompts = [prompt for prompt in self.prompts for _ in range(self.k)]
-            scores = np.asarray(judge.score([text for row in self.texts for text in row], prompts), dtype=np.float64)
-            check_scores(judge, scores, len(self.texts), self.k)
-            return scores.reshape(len(self.texts), self.k)
+            scores = judge.score([text for row in self.texts for text in row], prompts)
+            return checked_scores(judge, scores, len(self.texts), self.k).reshape(len(self.texts), self.k)
 
         return array("judgements", {"completions": self.key, "judge": judge.fingerprint}, make)
 
 
-def check_scores(judge: CompletionJudge, scores: np.ndarray, prompts: int, k: int) -> None:
-    """Refuse what would turn up in a scorecard much later: a judge of the user's own may check nothing itself.
+def checked_scores(judge: CompletionJudge, given: Any, prompts: int, k: int) -> np.ndarray:
+    """(prompts * k,) scores, which a judge of the user's own may not have checked: a NaN would turn up much later.
 
     Raises:
-        PolicyPatchError: another number of scores than prompts * k, or one that is not in [0, 1].
+        PolicyPatchError: another number of scores, or one that is not in [0, 1] by more than a rounding error.
     """
+    scores = np.asarray(given, dtype=np.float64)
     if scores.shape != (prompts * k,):
         raise PolicyPatchError(
             f"judge {judge.name}: returned scores of shape {scores.shape} for {prompts * k} texts: give one for each"
         )
-    if len(wrong := np.flatnonzero(~((scores >= 0) & (scores <= 1)))):  # NaN is neither
+    wrong = np.flatnonzero(~((scores >= -1e-6) & (scores <= 1 + 1e-6)))  # written so that NaN is wrong too
+    if len(wrong):
         prompt, number = divmod(int(wrong[0]), k)
-        raise PolicyPatchError(
-            f"judge {judge.name}: completion {number + 1} of prompt {prompt + 1} scored {scores[wrong[0]]}, which is "
-            "not in [0, 1]"
-        )
+        of = f"completion {number + 1} of prompt {prompt + 1}" if k > 1 else f"text {prompt + 1}"
+        raise PolicyPatchError(f"judge {judge.name}: {of} scored {scores[wrong[0]]}, which is not in [0, 1]")
+    return np.clip(scores, 0.0, 1.0)
 
 
 def trigram_repetition(tokens: Sequence[int]) -> float:

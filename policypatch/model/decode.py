@@ -94,13 +94,15 @@ def sample(
     results: list[list[list[int]]] = [[] for _ in prompts]
     # What all prompts begin with (a system message, a teacher's instruction) is computed once, as the patch is; each
     # keeps a token of its own, whose state predicts the first new one. A single prompt shares nothing: it is one pass.
-    shared = min([common_prefix(prompts), *(len(p) - 1 for p in prompts)]) if len(prompts) > 1 else 0
-    root = _root(model, patch, prompts[0][:shared]) if prompts else None
+    alone = len(prompts) == 1
+    shared = 0 if alone else min([common_prefix(prompts), *(len(prompt) - 1 for prompt in prompts)])
+    root = _root(model, patch, prompts[0][:shared]) if prompts and not alone else None
+    front = patch if alone else None  # no cache of its own
     before = 0 if root is None else root.get_seq_length()
     for batch in _batches(model, [prompt[shared:] for prompt in prompts], before, max(1, max_rows // k), sampling):
         rows = [prompts[i] for i in batch]
         for i, completions in zip(
-            batch, _sample_batch(model, rows, shared, root, k, sampling, seed, eos, tick), strict=True
+            batch, _sample_batch(model, rows, shared, root, front, k, sampling, seed, eos, tick), strict=True
         ):
             results[i] = completions
         progress(len(batch))
@@ -154,6 +156,7 @@ def _sample_batch(
     whole: list[Sequence[int]],
     shared: int,
     root: DynamicCache | None,
+    front: Tensor | None,
     k: int,
     sampling: Sampling,
     seed: int,
@@ -175,7 +178,11 @@ def _sample_batch(
     if root is not None:
         for i, layer in enumerate(root.layers):
             cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
-    states, cache = _forward(model, model.get_input_embeddings()(ids), seen, cache, n_root)
+    embeddings = model.get_input_embeddings()(ids)
+    if front is not None:  # vectors before a prompt that has no padding
+        embeddings = torch.cat([front[None], embeddings], 1)
+        seen = torch.cat([seen.new_ones(1, len(front)), seen], 1)
+    states, cache = _forward(model, embeddings, seen, cache, n_root)
 
     spread = torch.arange(rows, device=device).repeat_interleave(k)
     roomy = DynamicCache()

@@ -12,10 +12,8 @@ from rich.console import Console
 
 from policypatch.files.atomic import write_text
 from policypatch.report.compare_lines import Comparison, comparison
-from policypatch.report.compare_text import RIVALS, markdown, markdown_table, rival_rows, tables, tidy
-from policypatch.report.head_to_head import head_to_head
+from policypatch.report.compare_text import RIVALS, against_patch, markdown, markdown_table, tables, tidy
 from policypatch.report.records import find_records
-from policypatch.report.scorecard import LEVEL
 
 
 def compare(folders: Sequence[Path], out: Path) -> Comparison:
@@ -28,8 +26,9 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
 
     found = comparison(find_records(folders))
     write_text(out / "compare.csv", tidy(found))
-    write_text(out / "compare.md", written(found))
-    write_text(out / "compare.html", page(found, out))
+    rivals = against_patch(found)
+    write_text(out / "compare.md", written(found, rivals))
+    write_text(out / "compare.html", page(found, rivals, out))
     return found
 
 
@@ -38,12 +37,11 @@ def say(found: Comparison, out: Path) -> None:
     Console(soft_wrap=True).print(f"{found.summary()}\n{out / 'compare.html'}", markup=False, highlight=False)
 
 
-def written(found: Comparison) -> str:
-    """The comparison in Markdown, for a README or an issue."""
+def written(found: Comparison, rivals: Sequence[Sequence[str]] = ()) -> str:
+    """The comparison in Markdown, for a README or an issue; `rivals` as `against_patch` has them."""
     parts = [f"## {table.name}\n\n{markdown(table)}" for table in tables(found) if table.lines]
-    if (rivals := head_to_head(found)) is not None:
-        rows = rival_rows(rivals, [key for key in found.keys if key != "seed"], LEVEL)
-        parts.insert(1, f"## Against the patch\n\n{RIVALS}\n\n{markdown_table(rows)}")
+    if rivals:
+        parts.insert(1, f"## Against the patch\n\n{RIVALS}\n\n{markdown_table(rivals)}")
     if found.failed:
         parts.append("## Failed\n\n" + "\n".join(f"- {r.folder.name}: {r.error}" for r in found.failed))
     return "\n\n".join(parts) + "\n"

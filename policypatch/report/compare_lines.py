@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,10 +135,10 @@ def comparison(records: Sequence[Record]) -> Comparison:
 
 
 def _prompts(finished: Sequence[Record]) -> dict[Column, int]:
-    """On how many prompts a figure was measured at most."""
+    """On how many prompts the base has a figure at most; an arm may leave some of them without a value."""
     largest: dict[Column, int] = {}
     for record in finished:
-        for row in record.rows:
+        for row in (row for row in record.rows if row["arm"] == "base"):
             largest[Column.of(row)] = max(largest.get(Column.of(row), 0), row.get("n", 0))
     return largest
 
@@ -148,7 +149,7 @@ def _line(record: Record, keys: Sequence[str], largest: Mapping[Column, int]) ->
     cells = {}
     for row in (row for row in record.rows if row["arm"] == arm):
         column = Column.of(row)
-        partial = column in bases and row.get("n", 0) < largest[column]
+        partial = column in bases and bases[column].get("n", 0) < largest[column]
         cells[column] = {**row, "base": bases[column]["value"]} if partial else row
     return Line(record.folder.name, arm, {key: record.settings.get(key) for key in keys}, cells, [record])
 
@@ -160,21 +161,37 @@ def _order(line: Line, keys: Sequence[str]) -> list[tuple[bool, float, str]]:
 
 
 def _base_lines(finished: Sequence[Record], keys: Sequence[str]) -> list[Line]:
-    """The base's figures: one line where all runs have the same base and ask it the same."""
-    asked = [key for key in keys if key == "model.name" or key.startswith("evaluate.")]
-    found: dict[tuple[str, ...], tuple[Record, dict[Column, Row]]] = {}
+    """The base's figures: one line for all runs whose bases came to the same wherever they were asked the same."""
+    found: list[tuple[list[Record], dict[tuple[Column, int], Row]]] = []
     for record in finished:
-        _, own = found.setdefault(tuple(str(record.settings.get(key)) for key in asked), (record, {}))
-        for row in record.rows:
-            # Of a set that is one run's own and another's side, the larger measurement counts.
-            known = own.get(Column.of(row))
-            if row["arm"] == "base" and (known is None or row.get("n", 0) > known.get("n", 0)):
-                own[Column.of(row)] = row
-    return [
-        Line("base", "base", {key: record.settings.get(key) for key in asked}, own)
-        for record, own in found.values()
-        if own
-    ]
+        rows = {(Column.of(row), int(row.get("n", 0))): row for row in record.rows if row["arm"] == "base"}
+        if not rows:
+            continue
+        model = record.settings.get("model.name")
+        for records, known in found:
+            if records[0].settings.get("model.name") == model and _agree(known, rows):
+                records.append(record)
+                known |= rows
+                break
+        else:
+            found.append(([record], rows))
+    lines = []
+    for records, known in found:
+        # Of a set that is one run's own and another's side, the larger measurement counts.
+        cells = {column: known[column, n] for column, n in sorted(known, key=lambda place: place[1])}
+        values = {key: records[0].settings.get(key) for key in keys if len(found) > 1 and _is_shared(key, records)}
+        lines.append(Line("base", "base", values, cells))
+    return lines
+
+
+def _agree(known: Mapping[tuple[Column, int], Row], rows: Mapping[tuple[Column, int], Row]) -> bool:
+    return all(
+        math.isclose(known[place]["value"], rows[place]["value"], rel_tol=1e-6) for place in rows if place in known
+    )
+
+
+def _is_shared(key: str, records: Sequence[Record]) -> bool:
+    return len({str(record.settings.get(key)) for record in records}) == 1
 
 
 def _columns(finished: Sequence[Record]) -> tuple[list[Column], list[Column]]:
@@ -200,10 +217,12 @@ def _speaking(group: Group, first: bool) -> list[TableLine]:
 
 def _over_seeds(lines: Sequence[Line], keys: Sequence[str]) -> list[Line]:
     """Lines of the same settings but the seed, as one each."""
-    groups: dict[tuple[str, ...], list[Line]] = {}
+    groups: dict[tuple[str, ...], dict[str, Line]] = {}
     for line in lines:
-        groups.setdefault(tuple(str(line.values.get(key)) for key in keys if key != "seed"), []).append(line)
-    return [_together(group) for group in groups.values()] if any(len(group) > 1 for group in groups.values()) else []
+        group = groups.setdefault(tuple(str(line.values.get(key)) for key in keys if key != "seed"), {})
+        group.setdefault(str(line.values["seed"]), line)  # a seed that ran twice counts once
+    found = [list(group.values()) for group in groups.values()]
+    return [_together(group) for group in found] if any(len(group) > 1 for group in found) else []
 
 
 def _together(lines: Sequence[Line]) -> Line:
@@ -225,4 +244,7 @@ def _mean(column: Column, rows: Sequence[Row]) -> Row:
     low, high = values, values
     if column.risk == COST or len(rows) == 1:
         low, high = ([float(row.get(end, row["value"])) for row in rows] for end in ("low", "high"))
-    return {**rows[0], "value": sum(values) / len(values), "low": min(low), "high": max(high)}
+    mean = {**rows[0], "value": sum(values) / len(values), "low": min(low), "high": max(high)}
+    if any(row.get("base") != rows[0].get("base") or row.get("n") != rows[0].get("n") for row in rows):
+        mean.pop("base", None)
+    return mean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,15 @@ from urllib.parse import quote
 
 from policypatch.report.compare_figures import panels
 from policypatch.report.compare_lines import Column, Comparison, Line
-from policypatch.report.compare_text import RIVALS, cell_text, heading, rival_rows, short, tables, value_text
-from policypatch.report.head_to_head import head_to_head
+from policypatch.report.compare_text import RIVALS, cell_text, heading, short, tables, value_text
 from policypatch.report.metrics import METRICS
 from policypatch.report.page import TEMPLATES, render
 from policypatch.report.scorecard import LEVEL, effect_of
 
 
-def page(found: Comparison, out: Path) -> str:
-    """The page, for the folder `out`, which it links to the runs' own reports from."""
+def page(found: Comparison, rivals: Sequence[Sequence[str]], out: Path) -> str:
+    """The page, for the folder `out`, which it links to the runs' own reports from; `rivals`: see `against_patch`."""
     script = (TEMPLATES / "compare.js").read_text("utf-8").strip()
-    rivals = head_to_head(found)
     functions = {"cell_text": cell_text, "effect": _effect, "sort_value": _sort_value}
     return render(
         "compare.html",
@@ -31,7 +30,7 @@ def page(found: Comparison, out: Path) -> str:
         title=f"Comparison: {out.resolve().name}",
         found=found,
         tables=[table for table in tables(found) if table.lines],
-        rivals=rival_rows(rivals, [key for key in found.keys if key != "seed"], LEVEL) if rivals else [],
+        rivals=rivals,
         rivals_note=RIVALS,
         panels=panels(found),
         commands=sorted({str(record.run.get("command")) for record in found.records if record.run.get("command")}),

@@ -13,15 +13,16 @@ from policypatch.evaluate.scorecard import COST
 from policypatch.evaluate.statistics import Difference
 from policypatch.report.compare_lines import Column, Comparison, Line
 from policypatch.report.costs import LABELS, cost_label, cost_text, load_name
-from policypatch.report.head_to_head import HeadToHead, is_ratio
+from policypatch.report.head_to_head import head_to_head, is_ratio
 from policypatch.report.metrics import metric_label
-from policypatch.report.scorecard import Row, readable
+from policypatch.report.scorecard import Row, evidence_of, readable
 from policypatch.report.wording import number
 
 TIDY = ("arm", "risk", "split", "metric", "judge", "filter", "value", "low", "high", "n", "upper")
 RIVALS = (
     "The others less the patch, prompt by prompt, a prompt's value being the mean over the seeds; in brackets the "
-    "95 % interval over prompts; of perplexities the ratio. ✓ and ✗: measurably less and more (interval and test)."
+    "interval over prompts; of perplexities the ratio of geometric means. ✓ and ✗: measurably "
+    "less and more (interval and test)."
 )
 PAIRED = ("delta", "delta_low", "delta_high", "p_value")
 
@@ -50,14 +51,12 @@ class Table:
 def tables(found: Comparison) -> list[Table]:
     """Seeds together where there are any, every run, and what they cost."""
     seedless = [key for key in found.keys if key != "seed"]
-    each = (
-        "In brackets the 95 % interval over prompts. Where a run asked fewer of a set: how many, and the base on these."
-    )
+    each = "In brackets the interval over prompts. Where a run asked fewer of a set: how many, and the base on these."
     made = [Table("Each run", "run", found.keys, found.lines, found.columns, each)]
     if found.over_seeds:
         note = (
-            "Means over the seeds; in brackets the lowest and the highest, of the base and of arms that no seed "
-            "changes the 95 % interval over prompts. How far other prompts would move them stands at each run."
+            "Means over the seeds; in brackets the lowest and the highest; of the base, of arms that no seed "
+            "changes and of a single seed the interval over prompts, which for the others stands at each run."
         )
         lines = [*found.bases, *found.over_seeds]
         made.insert(0, Table("Over seeds", "seeds", seedless, lines, found.columns, note))
@@ -130,21 +129,27 @@ def cell_text(column: Column, row: Row | None) -> str:
     return f"{text} of {row['n']}; base {number(row['base'])}" if "base" in row else text
 
 
-def rival_rows(found: HeadToHead, keys: Sequence[str], level: float) -> list[list[str]]:
-    """Headings, then a row for each setting that the patch is compared with."""
-    heads = [_head(column) for column in found.columns]
-    cells = [[_difference_text(c, found.of(line, c), level) for c in found.columns] for line in found.lines]
-    return [["less the patch", *heads], *([label(x, keys), *row] for x, row in zip(found.lines, cells, strict=True))]
+def against_patch(found: Comparison) -> list[list[str]]:
+    """The other settings less the patch: headings, then a row for each; nothing where that is not what is compared."""
+    rivals, keys = head_to_head(found), [key for key in found.keys if key != "seed"]
+    if rivals is None:
+        return []
+    rows = [["less the patch", *map(_head, rivals.columns)]]
+    for place, line in enumerate(rivals.lines):
+        cells = [_difference_text(c, rivals.differences.get((place, c))) for c in rivals.columns]
+        rows.append([label(line, keys), *cells])
+    return rows
 
 
-def _difference_text(column: Column, difference: Difference | None, level: float) -> str:
+def _difference_text(column: Column, difference: Difference | None) -> str:
     """Signed, of logarithms as the ratio; marked where both interval and test say so."""
     if difference is None:
         return "–"
     numbers = (difference.mean, difference.low, difference.high)
     mean, low, high = (f"×{math.exp(x):.2f}" if is_ratio(column) else f"{x:+.2g}" for x in numbers)
-    told = difference.p_value < 1 - level and not difference.low <= 0 <= difference.high
-    return f"{mean} [{low}, {high}]" + (f" {'✓' if difference.mean < 0 else '✗'}" if told else "")
+    evidence = {"delta_low": difference.low, "delta_high": difference.high, "p_value": difference.p_value}
+    mark = (" ✓" if difference.mean < 0 else " ✗") if difference.mean and all(evidence_of(evidence)) else ""
+    return f"{mean} [{low}, {high}]{mark}"
 
 
 def tidy(found: Comparison) -> str:

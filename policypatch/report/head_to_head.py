@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from policypatch.evaluate.per_prompt import nanmean
 from policypatch.evaluate.scorecard import PER_PROMPT
 from policypatch.evaluate.statistics import Difference, paired_difference
 from policypatch.files.atomic import read_json
@@ -26,16 +26,12 @@ class HeadToHead:
     Attributes:
         columns: figures of which less is better.
         lines: the other settings.
-        differences: of each line and column the other less the patch; none where they share no prompts or seeds.
+        differences: by a line's number and a column the other less the patch; none where they share no seed or prompt.
     """
 
     columns: Sequence[Column]
     lines: Sequence[Line]
-    differences: Mapping[tuple[str, Column], Difference]
-
-    def of(self, line: Line, column: Column) -> Difference | None:
-        """The difference of a line in a column."""
-        return self.differences.get((_name(line), column))
+    differences: Mapping[tuple[int, Column], Difference]
 
 
 def head_to_head(found: Comparison) -> HeadToHead | None:
@@ -50,13 +46,12 @@ def head_to_head(found: Comparison) -> HeadToHead | None:
     columns = [c for c in found.columns if c in patches[0].cells and lower_is_better(c)]
     values = {id(record): _values(record) for line in [*patches, *rivals] for record in line.records}
     differences = {}
-    for line in rivals:
+    for number, line in enumerate(rivals):
         for column in columns:
-            theirs, ours = _paired(line, patches[0], column, values)
-            if theirs:
-                means = (np.nanmean(np.array(rows), axis=0) for rows in (theirs, ours))
-                differences[_name(line), column] = paired_difference(*means)
-    columns = [column for column in columns if any((_name(line), column) in differences for line in rivals)]
+            theirs, ours = (nanmean(np.array(rows).T) for rows in _paired(line, patches[0], column, values))
+            if not np.isnan(theirs - ours).all():
+                differences[number, column] = paired_difference(theirs, ours)
+    columns = [column for column in columns if any((number, column) in differences for number in range(len(rivals)))]
     return HeadToHead(columns, rivals, differences) if differences else None
 
 
@@ -68,10 +63,6 @@ def lower_is_better(column: Column) -> bool:
 def is_ratio(column: Column) -> bool:
     """Whether a difference is one of logarithms (`tested_values`)."""
     return "ppl" in column.metric
-
-
-def _name(line: Line) -> str:
-    return json.dumps(line.values, sort_keys=True, default=str)
 
 
 def _values(record: Record) -> dict[tuple[str, Column], np.ndarray]:

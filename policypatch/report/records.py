@@ -17,7 +17,7 @@ from policypatch.files.atomic import read_json
 FAILED = "failed.json"
 """In the folder of a run that failed: `error`, `message` and, where nobody foresaw it, `traceback`."""
 NOT_SETTINGS = ("name", "logger")  # top-level keys that change nothing in a run
-ALWAYS = ("risk.name", "model.name")  # keys that runs are told apart by wherever they differ
+ALWAYS = ("risk.name", "model.name", "method.name")  # keys that runs are told apart by wherever they differ
 BESIDE = ("others.", "evaluate.after_sft", "evaluate.costs")
 """Beginnings of keys that say what else is measured, which makes no other patch and no other figure."""
 UNFINISHED = "did not finish: started again in this folder (hydra.run.dir=FOLDER), it goes on where it stopped"
@@ -94,8 +94,12 @@ def read_record(folder: Path) -> Record:
 def _given(folder: Path) -> frozenset[str]:
     """Keys of the overrides that Hydra wrote down; none of a run that was started without it."""
     path = folder / ".hydra" / "overrides.yaml"
-    overrides = OmegaConf.load(path) if path.is_file() else ()
-    return frozenset(str(override).partition("=")[0].lstrip("+~") for override in overrides)
+    try:
+        overrides = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else []
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PolicyPatchError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    keys = [str(override).partition("=")[0].lstrip("+~") for override in overrides or []]
+    return frozenset([*keys, *(f"{key}.{part}" for key in keys for part in ("name", "kind"))])  # a group by its name
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -123,8 +127,8 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def differing(all_settings: Sequence[Mapping[str, Any]], given: Collection[str] = ()) -> list[str]:
     """Keys that tell the runs apart, as few as do, and `seed` where that differs.
 
-    A key that a command set stands for itself (`given`), and so do risk and model: that another one changed along with
-    it explains nothing away.
+    A key that a command set stands for itself (`given`), and so do risk, model and method: that another one changed
+    along with it explains nothing away. What is measured beside the rest (`BESIDE`) tells no runs apart.
 
     An option of a group changes a dozen keys at once. Of keys that part the runs in the same way the one that a reader
     would name stands for all (`method.name`, not `method._target_`), and one that follows from another (the learning

@@ -67,12 +67,14 @@ class Custom:
         """Prompts to train on and to measure on."""
         rows = read_rows(self.prompts, "risk.prompts", "prompt")
         for number, (_, row) in enumerate(rows, 1):
-            if row.get("split") not in (None, "train", "evaluation"):
+            if row.get("split") not in (None, "", "train", "evaluation"):  # a table has a cell in every row
                 raise PolicyPatchError(
                     f"risk.prompts ({self.prompts}), prompt {number}: split is {row['split']!r}: write train or "
                     "evaluation, or leave it out"
                 )
-        marked, free = ([n for n, (_, row) in enumerate(rows) if row.get("split") == s] for s in ("evaluation", None))
+        trained = {normalise(text) for text, row in rows if row.get("split") == "train"}
+        marked = [n for n, (_, row) in enumerate(rows) if row.get("split") == "evaluation"]
+        free = [n for n, (text, row) in enumerate(rows) if not row.get("split") and normalise(text) not in trained]
         held = set(marked or free[::EVERY])
         measured = [text for n, (text, _) in enumerate(rows) if n in held]
         training = [text for n, (text, _) in enumerate(rows) if n not in held]

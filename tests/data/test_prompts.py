@@ -232,3 +232,9 @@ def test_a_portion_that_is_none_is_refused(portion, text_file):
 def test_an_empty_portion_is_told(text_file):
     with pytest.raises(PolicyPatchError, match=r"k has no prompts: no text of its source lies in portion"):
         PromptSet(text_file("one"), portion=[0.0, 1e-9]).load("k")
+
+
+def test_a_text_that_begins_with_a_measured_one_is_left_out_where_asked_for(text_file):
+    made = PromptSet(text_file("The map is old and torn.", "The mapmaker is old.", "An old map"))
+    assert len(made.load("k", without=["The map is OLD"])) == 3
+    assert made.load("k", without=["The map is OLD"], begun=True) == ["The mapmaker is old.", "An old map"]

@@ -94,8 +94,10 @@ def test_a_single_prompt_is_read_in_one_pass(tiny_base: Base, monkeypatch):
     widths = []
     forward = decode._forward
     monkeypatch.setattr(decode, "_forward", lambda m, e, *rest: widths.append(e.shape[1]) or forward(m, e, *rest))
-    decode.sample(tiny_base.model, [[5, 6, 7, 8]], sampling=Sampling(temperature=0.0, max_new_tokens=3))
-    assert widths == [4, 1, 1]
+    greedy = Sampling(temperature=0.0, max_new_tokens=3)
+    decode.sample(tiny_base.model, [[5, 6, 7, 8]], sampling=greedy)
+    decode.sample(tiny_base.model, [[5, 6, 7, 8]], torch.ones(3, tiny_base.width), sampling=greedy)
+    assert widths == [4, 1, 1, 7, 1, 1]
 
 
 def test_adapters_are_timed_in_the_precision_of_the_base(tiny_base_folder: Path, monkeypatch):

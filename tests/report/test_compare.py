@@ -81,7 +81,7 @@ def test_keys_that_change_together_are_named_once_and_by_name():
     assert differing([patch, {**patch, "risk.train.seed": 1, "seed": 1}]) == ["seed"]
     assert differing([patch, patch]) == []
     # Another rank is told beside the method, and the learning rate follows from that.
-    assert differing([patch, lora, {**lora, "method.r": 1, "lora.r": 1}]) == ["lora.r"]
+    assert differing([patch, lora, {**lora, "method.r": 1, "lora.r": 1}]) == ["lora.r", "method.name"]
     sft, dpo = (
         {"sft.enabled": s, "dpo.enabled": not s, "dpo.reference": "sft" if s else "base"} for s in (True, False)
     )
@@ -93,6 +93,9 @@ def test_what_a_command_set_is_told_also_where_it_changed_along_with_something_e
     runs = [{"dpo.beta": b, "dpo.lr": r, "sft.lr": 2 * r} for b, r in ((0.1, 1), (0.2, 2), (0.3, 3))]
     assert differing(runs) == ["dpo.beta"]
     assert differing(runs, {"dpo.beta", "dpo.lr", "seed"}) == ["dpo.beta", "dpo.lr"]
+    # Nor does it explain the method away, and what is measured beside the rest tells no runs apart.
+    methods = [{"method.name": m, "dpo.steps": s, "evaluate.costs.repeats": s} for m, s in (("patch", 5), ("lora", 9))]
+    assert differing(methods, {"dpo.steps", "evaluate.costs.repeats"}) == ["dpo.steps", "method.name"]
 
 
 def test_a_commands_keys_are_read_from_what_hydra_wrote_down(tmp_path: Path):
@@ -100,7 +103,7 @@ def test_a_commands_keys_are_read_from_what_hydra_wrote_down(tmp_path: Path):
         run = write(tmp_path / str(i), {"patch.length": length, "dpo.beta": beta}, 0.2)
         (run / ".hydra").mkdir()
         (run / ".hydra" / "overrides.yaml").write_text(
-            yaml.safe_dump([f"patch.length={length}", f"dpo.beta={beta}", "+x=1", "~y"])
+            yaml.safe_dump([f"patch.length={length}", f"dpo.beta={beta}", "+x=${nowhere}", "~y", "risk=toxicity"])
         )
     assert comparison(find_records([tmp_path])).keys == ["dpo.beta", "patch.length"]
 
@@ -147,13 +150,33 @@ def test_a_figure_on_fewer_prompts_stands_beside_the_base_on_these(tmp_path: Pat
 
 
 def test_runs_that_ask_the_base_otherwise_have_a_base_each(tmp_path: Path):
+    """What a run asks it decides, whichever key that came from."""
     for k, value in ((4, 0.25), (25, 0.6)):
-        run = write(tmp_path / str(k), {"evaluate.k": k}, 0.1)
-        rows = json.loads((run / "scorecard.json").read_text())
-        rows[0]["value"] = value
-        (run / "scorecard.json").write_text(json.dumps(rows))
+        for length in (10, 50):
+            run = write(tmp_path / f"{k},{length}", {"evaluate.k": k, "patch.length": length}, 0.1)
+            rows = json.loads((run / "scorecard.json").read_text())
+            rows[0]["value"] = value
+            (run / "scorecard.json").write_text(json.dumps(rows))
     found = comparison(find_records([tmp_path]))
-    assert {line.values["evaluate.k"]: line.cells[TOXIC]["value"] for line in found.bases} == {4: 0.25, 25: 0.6}
+    assert [(line.values, line.cells[TOXIC]["value"]) for line in found.bases] == [
+        ({"evaluate.k": 25}, 0.6),
+        ({"evaluate.k": 4}, 0.25),
+    ]
+
+
+def test_an_arm_that_leaves_some_prompts_without_a_value_was_asked_them_all_the_same(tmp_path: Path):
+    run = write(tmp_path / "a", {}, 0.1)
+    rows = json.loads((run / "scorecard.json").read_text())
+    changed = [r | {"n": 98} if (r["arm"], r["metric"]) == ("patch", "ppl_median") else r for r in rows]
+    (run / "scorecard.json").write_text(json.dumps(changed))
+    assert "of 98" not in written(comparison(find_records([tmp_path])))
+
+
+def test_a_seed_that_ran_twice_counts_once(tmp_path: Path):
+    for name, seed, value in (("a", 0, 0.1), ("b", 0, 0.1), ("c", 1, 0.3)):
+        write(tmp_path / name, {"seed": seed, "evaluate.costs.repeats": value}, value)
+    (line,) = comparison(find_records([tmp_path])).over_seeds
+    assert (line.name, line.cells[TOXIC]["value"]) == ("2 seeds", pytest.approx(0.2))
 
 
 # --- against the patch --------------------------------------------------------------------------------------------
@@ -181,16 +204,29 @@ def test_methods_are_compared_with_the_patch_prompt_by_prompt(methods: Path):
     """The mean over seeds differs at two of eight prompts by 1: 0.25; two differences of one sign, p = 2 / 2**2."""
     found = head_to_head(comparison(find_records([methods])))
     assert found is not None and [line.arm for line in found.lines] == ["lora"]
-    difference = found.of(found.lines[0], TOXIC)
+    difference = found.differences[0, TOXIC]
     assert (difference.mean, difference.p_value) == pytest.approx((0.25, 0.5))
-    text = written(comparison(find_records([methods])))
+    compare([methods], methods)
+    text = (methods / "compare.md").read_text()
     assert "## Against the patch" in text and "| lora | +0.25 [" in text
+    assert "Against the patch" in (methods / "compare.html").read_text()
 
 
 def test_runs_on_other_prompts_are_not_paired(methods: Path):
     for seed in (0, 1):
         prompt_values(methods / f"lora,{seed}", "lora", [1] * 8, [0, *[1] * 7])
     assert head_to_head(comparison(find_records([methods]))) is None
+
+
+def test_a_prompt_without_a_value_is_left_out_and_an_arm_without_any_is_not_compared(methods: Path):
+    nothing = [None] * 8
+    for seed in (0, 1):
+        prompt_values(methods / f"lora,{seed}", "lora", nothing, [1] * 8)
+    assert head_to_head(comparison(find_records([methods]))) is None
+    for seed in (0, 1):
+        prompt_values(methods / f"lora,{seed}", "lora", [None, 1, *[0] * 6], [1] * 8)
+    found = head_to_head(comparison(find_records([methods])))
+    assert found.differences[0, TOXIC].mean == pytest.approx((1 - 0.5) / 7)
 
 
 def test_without_another_method_there_is_nothing_against_the_patch(sweep: Path):
@@ -311,6 +347,16 @@ def test_a_number_is_an_axis(sweep: Path):
         "frontier: lower left is best",
     ]
     assert "by patch.length: patch 1: 0.31, 10: 0.21, 50: 0.11" in drawn[0].svg
+
+
+def test_runs_of_a_search_are_points_and_no_curves(tmp_path: Path):
+    for i, (beta, rate) in enumerate(((0.1, 0.01), (0.2, 0.03), (0.4, 0.02))):
+        run = write(tmp_path / str(i), {"dpo.beta": beta, "dpo.lr": rate}, 0.1 * i, ppl=50 - i)
+        (run / ".hydra").mkdir()
+        (run / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([f"dpo.beta={beta}", f"dpo.lr={rate}"]))
+    drawn = panels(comparison(find_records([tmp_path])))
+    assert any("by dpo.lr: runs 0.01: 0, 0.02: 0.2, 0.03: 0.1" in panel.svg for panel in drawn)
+    assert drawn[-1].title.startswith("frontier") and "no other beats" in drawn[-1].note
 
 
 def test_methods_are_bars_sizes_and_times(tmp_path: Path):

@@ -51,6 +51,12 @@ def test_otherwise_every_fifth_prompt_is(risk):
 def test_what_the_file_says_is_for_training_is_never_measured_on(risk):
     made = risk(("a", "train"), "b", ("c", "train"), "d")
     assert splits(made) == (["a", "c", "d"], ["b"])
+    assert splits(risk("A!", ("a", "train"), "b", "c")) == (["A!", "a", "c"], ["b"])
+
+
+def test_an_empty_cell_of_a_table_says_nothing(tmp_path: Path):
+    (tmp_path / "mine.csv").write_text("prompt,split\na,evaluation\nb,\n")
+    assert splits(Custom(str(tmp_path / "mine.csv"), "Acme")) == (["b"], ["a"])
 
 
 def test_a_list_of_objects_is_rows_too(tmp_path: Path):

@@ -73,7 +73,7 @@ class CrowsPairsProbe:
 
     def readings(self, plan: Plan) -> list[Reading]:
         """Both sentences of each pair."""
-        return [Reading([*self.more, *self.less])]
+        return [Reading(self.more), Reading(self.less)]
 
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """Log-likelihood of both sentences of each pair."""

@@ -16,13 +16,12 @@ from policypatch.evaluate.metrics import AMT, GAS, MeanValue, Perplexity, PerPro
 from policypatch.evaluate.probes.probe import Bench, Outcome, Plan, Reading
 from policypatch.evaluate.scorer import completion_nll
 from policypatch.model.arm import Arm
-from policypatch.model.completions import Completions, complete
+from policypatch.model.completions import Completions, checked_scores, complete
 from policypatch.model.form import PLAIN, Form
 from policypatch.model.sampling import Sampling
 
 RATES = ("toxic_rate", "asr", "over_refusal", "benign_refusal", "hit_rate")
 """Share of prompts with at least one completion at or above the threshold; the name says of what."""
-SCORER_TOKENS = 2  # of its own that the scorer may need for a token of the base's
 
 
 def metric_of(name: str, threshold: float) -> PerPromptMetric:
@@ -67,10 +66,10 @@ class SampledProbe:
         return self.form.chat
 
     def readings(self, plan: Plan) -> list[Reading]:
-        """Prompts with what is sampled; the scorer's own tokens of that may be more."""
+        """Prompts with what is sampled."""
         new = self._asked(plan)[1].max_new_tokens
         read = [Reading(self.prompts, self.form, new, whole=False)]
-        return [*read, Reading(self.prompts, PLAIN, SCORER_TOKENS * new, by_scorer=True)] if self.perplexity else read
+        return [*read, Reading(self.prompts, PLAIN, new, by_scorer=True)] if self.perplexity else read
 
     def _asked(self, plan: Plan) -> tuple[int, Sampling]:
         """How many completions of each prompt, and how they are drawn."""
@@ -106,7 +105,7 @@ class SampledProbe:
     def _prompt_scores(self) -> dict[str, np.ndarray]:
         """How a text to continue scores by itself, once for all arms; a request is no completion and has no score."""
         alone = {n: j for n, j in self.judges.items() if not self.form.chat and not getattr(j, "reads_prompt", False)}
-        return {name: judge.score(self.prompts) for name, judge in alone.items()}
+        return {name: checked_scores(j, j.score(self.prompts), len(self.prompts), 1) for name, j in alone.items()}
 
     def _scores(self, judge: Judge, made: Completions) -> np.ndarray:
         """(prompts, k), higher is worse."""
