@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +19,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from policypatch import patch_commands
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate import judge_quality as quality
 from policypatch.files.atomic import write_json
+from policypatch.home import CONF
 from policypatch.logs import quiet_libraries
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 os.environ.setdefault("POLICYPATCH_HOME", str(CONF.parent))  # conf/config.yaml finds experiments/ by it
 REFUSALS, TOXICITY = ("refusal", "likelihood", "refusal_openings"), ("svm", "bilstm")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -33,23 +36,35 @@ def policypatch() -> None:
     """Patch a language model's safety policy; training runs are started by `python run.py`."""
 
 
+def sentence(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose user's mistakes end in one sentence and exit status 2."""
+
+    @wraps(command)
+    def told(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except PolicyPatchError as error:
+            sys.stderr.write(f"error: {error}\n")
+            raise typer.Exit(2) from None
+
+    return told
+
+
 @app.command()
+@sentence
 def judges(
     json: Annotated[Path | None, typer.Option(help="file that the figures are written to")] = None,
     model: Annotated[bool, typer.Option(help="with the judges that need a language model (about a minute)")] = True,
 ) -> None:
     """Print how far the judges agree with people's labels."""
-    try:
-        figures = measured(model)
-        _show(figures)
-        if json is not None:
-            write_json(json, figures)
-    except PolicyPatchError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise typer.Exit(2) from None
+    figures = measured(model)
+    _show(figures)
+    if json is not None:
+        write_json(json, figures)
 
 
 @app.command()
+@sentence
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="folders of sweeps or of runs")],
     out: Annotated[Path | None, typer.Option(help="folder that is written to; the first of the folders")] = None,
@@ -59,11 +74,10 @@ def compare(
     from policypatch.report.compare import say
 
     target = out or folders[0]
-    try:
-        say(compared(folders, target), target)
-    except PolicyPatchError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise typer.Exit(2) from None
+    say(compared(folders, target), target)
+
+
+patch_commands.register(app, sentence)
 
 
 def measured(model: bool = True) -> dict[str, list[dict[str, Any]]]:

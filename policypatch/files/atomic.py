@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from policypatch.errors import PolicyPatchError
 
+BOM = b"\xef\xbb\xbf"  # some editors put it in front
 TEMPORARY = ".tmp-"
 
 
@@ -120,13 +121,29 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_json(path: Path) -> Any:
     """Read one JSON file. Raises PolicyPatchError when it is missing, empty, not UTF-8 or not JSON."""
-    content = _read(path)
+    return parse_json(_read(path), path)
+
+
+def parse_json(content: bytes, path: Path) -> Any:
+    """What a file with this content says, as `read_json`."""
     if not content.strip():
         raise PolicyPatchError(f"{path} is empty")
     try:
-        return _decode(content)
+        return _decode(content.removeprefix(BOM))
     except ValueError as error:
         raise PolicyPatchError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_limited(path: Path, most: int) -> bytes:
+    """The bytes of a file that may have come from anywhere. Raises PolicyPatchError when there are more than `most`."""
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise PolicyPatchError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(content) > most:
+        raise PolicyPatchError(f"{path} has more than {most:,} bytes: that is no file of this kind")
+    return content
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -165,7 +182,7 @@ def file_sha256(path: Path) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # some editors add a byte order mark
+        return Path(path).read_bytes().removeprefix(BOM)
     except OSError as error:
         raise PolicyPatchError(f"cannot read {path}: {error.strerror or error}") from error
 

@@ -18,11 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from policypatch.errors import PolicyPatchError
-from policypatch.files.atomic import atomic_folder, read_json, write_json, write_text
+from policypatch.files.atomic import atomic_folder, parse_json, read_limited, write_json, write_text
+from policypatch.patch import signature
 from policypatch.patch.card import model_card
 from policypatch.patch.manifest import BaseIdentity, Manifest
 
 VECTORS, MANIFEST, CARD = "patch.safetensors", "patch.json", "README.md"
+MANIFEST_LIMIT = 16 << 20  # bytes: a scorecard of thousands of rows has less
+FAR, SHORT = 3.0, 1e-3  # of the base's longest and median embedding, beyond which training puts no vector
 TENSOR = "prompt_embeddings"  # the key of PEFT's prompt-tuning files, so that one name serves both
 
 
@@ -53,29 +56,44 @@ def save(patch: Patch, folder: Path) -> Path:
     return folder
 
 
-def load(folder: Path, base: BaseIdentity | None = None, allow_mismatch: Collection[str] = ()) -> Patch:
+def load(
+    folder: Path,
+    base: BaseIdentity | None = None,
+    allow_mismatch: Collection[str] = (),
+    require_signature: Path | None = None,
+) -> Patch:
     """Read and check an artifact.
 
     Args:
         folder: where it is.
         base: the base it is to be applied to; None skips that check.
         allow_mismatch: digests of the base that may differ, by name ("tokenizer", "chat_template", ...).
+        require_signature: the public key whose owner must have signed it; None asks for no signature.
 
     Raises:
         PolicyPatchError: a file is missing, the manifest is not valid or of a newer format, the vectors are not what
-            the manifest says (shape, dtype, digest, not finite), or the base differs.
+            the manifest says (shape, dtype, digest, not finite), the signature is missing, another key's or does not
+            fit, the base differs, or `allow_mismatch` names no digest.
     """
     folder = Path(folder)
+    if unknown := set(allow_mismatch) - set(BaseIdentity.digests()):
+        raise PolicyPatchError(
+            f"allow_mismatch names {sorted(unknown)[0]}: choose from {', '.join(BaseIdentity.digests())}"
+        )
+    key = None if require_signature is None else signature.public_key(require_signature)
     for name in (VECTORS, MANIFEST):
         if not (folder / name).is_file():
             raise PolicyPatchError(f"{folder} is not a patch: it has no {name}")
-    manifest = Manifest.from_json(read_json(folder / MANIFEST), str(folder / MANIFEST))
+    written = read_limited(folder / MANIFEST, MANIFEST_LIMIT)
+    manifest = Manifest.from_json(parse_json(written, folder / MANIFEST), str(folder / MANIFEST))
     _check_header(folder / VECTORS, manifest)
     try:
         vectors = load_file(folder / VECTORS)[TENSOR]
     except SafetensorError as error:  # offsets that do not fit, which the header's own check leaves to the reader
         raise PolicyPatchError(f"{folder / VECTORS} is damaged: {error}") from error
     _check_vectors(vectors, manifest, str(folder))
+    if key is not None:
+        signature.check(folder, written, manifest.sha256, key)
     if base is not None:
         differing = [name for name in manifest.base.differences(base) if name not in allow_mismatch]
         if differing:
@@ -84,6 +102,35 @@ def load(folder: Path, base: BaseIdentity | None = None, allow_mismatch: Collect
                 f"({base.id}) differs in {', '.join(differing)}: use the base it was made for"
             )
     return Patch(vectors, manifest)
+
+
+def sign(folder: Path, private: Path) -> Path:
+    """Sign an artifact as it is; one that was signed before is signed anew.
+
+    Raises:
+        PolicyPatchError: it does not load, or the key is none.
+    """
+    patch = load(folder)
+    written = read_limited(Path(folder) / MANIFEST, MANIFEST_LIMIT)
+    return signature.write(Path(folder), signature.signed(written, patch.manifest.sha256, private))
+
+
+def far_out(vectors: Tensor, embedding: Tensor) -> str | None:
+    """What is odd about vectors whose length is far from that of the base's embeddings; None where nothing is.
+
+    Args:
+        vectors: (L, D).
+        embedding: (V, D) of the base.
+    """
+    ours, theirs = vectors.float().norm(dim=1), embedding.float().norm(dim=1)
+    long, short = int((ours > FAR * theirs.max()).sum()), int((ours < SHORT * theirs.median()).sum())
+    if not (long or short):
+        return None
+    number, what, figure = (long, "longer", ours.max()) if long else (short, "shorter", ours.min())
+    return (
+        f"{number} of {len(ours)} vectors are far {what} than training makes them ({figure:.3g}; the base's embeddings "
+        f"have {theirs.min():.3g} to {theirs.max():.3g}): the patch may be broken, or made to do harm"
+    )
 
 
 def _check_header(path: Path, manifest: Manifest) -> None:

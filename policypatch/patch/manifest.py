@@ -38,13 +38,14 @@ class BaseIdentity:
     tokenizer: str
     chat_template: str
 
+    @classmethod
+    def digests(cls) -> list[str]:
+        """Names of the digests; where a copy came from (id, revision) is none."""
+        return [f.name for f in fields(cls) if f.name not in ("id", "revision")]
+
     def differences(self, other: BaseIdentity) -> list[str]:
-        """Names of the digests that differ; where a copy came from (id, revision) does not count."""
-        return [
-            f.name
-            for f in fields(self)
-            if f.name not in ("id", "revision") and getattr(self, f.name) != getattr(other, f.name)
-        ]
+        """Names of the digests that differ."""
+        return [name for name in self.digests() if getattr(self, name) != getattr(other, name)]
 
 
 @dataclass(frozen=True)

@@ -111,12 +111,13 @@ def settings_of(folder: Path) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)  # Hydra's own copy has interpolations
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise PolicyPatchError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
-    flat = dict(_flat(content))
-    unused = NOT_SETTINGS if flat.get("method.name") == "lora" else (*NOT_SETTINGS, "lora")
-    return {key: value for key, value in flat.items() if key.partition(".")[0] not in unused}
+    settings = dict(_flat(content))
+    unused = NOT_SETTINGS if settings.get("method.name") == "lora" else (*NOT_SETTINGS, "lora")
+    return {key: value for key, value in settings.items() if key.partition(".")[0] not in unused}
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings, each under its keys joined by dots."""
     if not isinstance(node, dict):
         yield prefix[:-1], node
         return
