@@ -1,4 +1,4 @@
-"""`policypatch info | diff | verify | keygen | sign`: a patch as a customer and a vendor handle it."""
+"""`policypatch info | diff | verify | keygen | sign | stack`: a patch as a customer and a vendor handle it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from policypatch.errors import PolicyPatchError
 from policypatch.home import CONF
 
 PatchFolder = Annotated[Path, typer.Argument(help="a patch's folder")]
@@ -19,7 +20,7 @@ console = Console(soft_wrap=True, highlight=False)
 
 def register(app: typer.Typer, sentence: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
     """Add the commands; `sentence` turns an error into one sentence and exit status 2."""
-    for command in (info, diff, verify, keygen, sign):
+    for command in (info, diff, verify, keygen, sign, stack):
         app.command()(sentence(command))
 
 
@@ -108,6 +109,25 @@ def sign(patch: PatchFolder, key: Annotated[Path, typer.Option(help="private key
     from policypatch.patch import artifact
 
     console.print(f"{artifact.sign(patch, key)}", markup=False)
+
+
+def stack(
+    patches: Annotated[list[Path], typer.Argument(help="folders of patches, in the order in which they stand")],
+    out: Annotated[Path, typer.Option(help="folder of the stack")],
+    name: Annotated[str | None, typer.Option(help="of the stack; the parts' names joined")] = None,
+    version: Annotated[str, typer.Option(help="of the stack")] = "0.1.0",
+    key: Annotated[Path | None, typer.Option(help="public key that must have signed every part")] = None,
+) -> None:
+    """Make one patch of several for the same base; measure it before you trust it."""
+    from policypatch.patch import artifact, stacking
+
+    if out.exists():
+        raise PolicyPatchError(f"{out} exists: choose another --out")
+    parts = [artifact.load(folder, require_signature=key) for folder in patches]
+    made = stacking.stack(parts, name, version)
+    artifact.save(made, out)
+    lengths = " + ".join(str(part.manifest.length) for part in parts)
+    console.print(f"{out}: {lengths} = {made.manifest.length} vectors, not measured yet", markup=False)
 
 
 def settings_that_differ(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

@@ -31,10 +31,16 @@ TENSOR = "prompt_embeddings"  # the key of PEFT's prompt-tuning files, so that o
 
 @dataclass(frozen=True)
 class Patch:
-    """Vectors (L, D) float32 and the manifest that describes them."""
+    """Vectors (L, D) float32 and the manifest that describes them; `a + b` is `stacking.stack([a, b])`."""
 
     vectors: Tensor
     manifest: Manifest
+
+    def __add__(self, other: Patch) -> Patch:
+        """Both as one, this one first."""
+        from policypatch.patch.stacking import stack  # it makes patches, as this does
+
+        return stack([self, other])
 
 
 def digest(vectors: Tensor) -> str:

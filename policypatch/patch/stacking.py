@@ -1,0 +1,69 @@
+"""Stacks: several patches as one, their vectors one after the other in the order given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version as installed
+
+import torch
+
+from policypatch.errors import PolicyPatchError
+from policypatch.patch.artifact import Patch, digest
+from policypatch.patch.manifest import Manifest, Parent
+
+NAME_LIMIT = 100  # characters, as the manifest's schema has it
+
+
+def stack(
+    patches: Sequence[Patch], name: str | None = None, version: str = "0.1.0", context: int | None = None
+) -> Patch:
+    """One patch that does what these do when they stand before the input in this order.
+
+    It is another patch than its parts: their scorecards say nothing of it, so it has none until it is measured. A stack
+    of stacks has the stacks as its parents, not their parts.
+
+    Args:
+        patches: two or more for one base, (L_i, D) each.
+        name: of the stack; the parts' names joined by default.
+        version: of the stack.
+        context: positions of the base, where known.
+
+    Returns:
+        the stack, (sum of L_i, D).
+
+    Raises:
+        PolicyPatchError: fewer than two patches, different bases or placements, a stack that leaves no room in the
+            context, or a name or version that a manifest cannot have.
+    """
+    if len(patches) < 2:
+        raise PolicyPatchError(f"a stack needs two patches or more, not {len(patches)}")
+    first = patches[0].manifest
+    for other in (patch.manifest for patch in patches[1:]):
+        if differing := first.base.differences(other.base):
+            raise PolicyPatchError(
+                f"{first.name} was made for {first.base.id} and {other.name} for {other.base.id}, which differ in "
+                f"{', '.join(differing)}: stack patches of one base"
+            )
+        if other.placement != first.placement:
+            raise PolicyPatchError(f"{first.name} stands {first.placement} and {other.name} {other.placement}")
+    vectors = torch.cat([patch.vectors for patch in patches])
+    if context is not None and len(vectors) >= context:
+        raise PolicyPatchError(
+            f"the stack has {len(vectors)} vectors and {first.base.id} a context of {context}: no token would fit"
+        )
+    manifest = Manifest(
+        name=name or "_".join(patch.manifest.name for patch in patches)[:NAME_LIMIT],
+        version=version,
+        risks=list(dict.fromkeys(risk for patch in patches for risk in patch.manifest.risks)),
+        length=vectors.shape[0],
+        width=vectors.shape[1],
+        base=first.base,
+        sha256=digest(vectors),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        parents=[Parent(p.manifest.name, p.manifest.version, p.manifest.sha256) for p in patches],
+        packages={package: installed(package) for package in ("policypatch", "torch")},
+        placement=first.placement,
+    )
+    manifest.to_json()  # a name or version of the user's own is checked here, not when it is saved
+    return Patch(vectors, manifest)

@@ -1,0 +1,92 @@
+"""Stacks: vectors in order, lineage, and that a stack is what its parts are one before the other."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from policypatch.cli import app
+from policypatch.errors import PolicyPatchError
+from policypatch.model.decode import sample
+from policypatch.model.sampling import Sampling
+from policypatch.patch.artifact import load, save
+from policypatch.patch.card import model_card
+from policypatch.patch.stacking import stack
+
+
+@pytest.fixture
+def pair(make_patch):
+    a = make_patch(torch.full((2, 64), 0.1), name="tox", version="1.2.0")
+    return a, make_patch(torch.full((3, 64), 0.2), name="bias", risks=["gender_bias", "toxicity"])
+
+
+def test_vectors_stand_in_the_order_given(pair):
+    a, b = pair
+    made = a + b
+    assert torch.equal(made.vectors, torch.cat([a.vectors, b.vectors]))
+    assert (made.manifest.length, made.manifest.width, made.manifest.name) == (5, 64, "tox_bias")
+    assert torch.equal((b + a).vectors, torch.cat([b.vectors, a.vectors]))
+    assert (b + a).manifest.sha256 != made.manifest.sha256
+
+
+def test_the_manifest_names_parents_and_risks_and_claims_no_figures(pair):
+    a, b = pair
+    manifest = stack([a, b], "both", "2.0.0").manifest
+    assert [(p.name, p.version, p.sha256) for p in manifest.parents] == [
+        ("tox", "1.2.0", a.manifest.sha256),
+        ("bias", "1.2.0", b.manifest.sha256),
+    ]
+    assert manifest.risks == ["toxicity", "gender_bias"]
+    assert (manifest.name, manifest.version, manifest.scorecard, manifest.data_sha256) == ("both", "2.0.0", [], None)
+    assert "Nothing was measured for this patch." in model_card(manifest)
+
+
+def test_a_stack_of_stacks_is_the_stack_of_all(pair, make_patch):
+    a, b = pair
+    c = make_patch(torch.full((1, 64), 0.3), name="harm")
+    assert torch.equal(((a + b) + c).vectors, stack([a, b, c]).vectors)
+    assert torch.equal((a + (b + c)).vectors, stack([a, b, c]).vectors)
+    assert [p.name for p in ((a + b) + c).manifest.parents] == ["tox_bias", "harm"]
+
+
+def test_a_stack_is_its_parts_one_before_the_other(tiny_llama, pair):
+    """Greedy text behind the stack, and behind the second part with the first one's vectors before it by hand."""
+    a, b = pair
+    prompts, greedy = [[5, 6, 7], [8, 9, 10, 11]], Sampling(temperature=0.0, max_new_tokens=8)
+    by_hand = torch.cat([a.vectors, b.vectors])
+    assert sample(tiny_llama, prompts, (a + b).vectors, sampling=greedy) == sample(
+        tiny_llama, prompts, by_hand, sampling=greedy
+    )
+    embedded = torch.cat([a.vectors, b.vectors, tiny_llama.get_input_embeddings()(torch.tensor(prompts[0]))])[None]
+    mask = torch.ones(embedded.shape[:2], dtype=torch.long)
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    theirs = tiny_llama.generate(inputs_embeds=embedded, **options)[0].tolist()
+    assert sample(tiny_llama, prompts[:1], (a + b).vectors, sampling=greedy)[0][0] == theirs
+
+
+def test_what_does_not_stack_is_refused(pair, identity, make_patch):
+    a, b = pair
+    other = make_patch(name="far", base=replace(identity, id="another", tokenizer="9" * 64))
+    for patches, options, message in (
+        ([a], {}, "two patches or more, not 1"),
+        ([a, other], {}, "made for tiny and far for another, which differ in tokenizer"),
+        ([a, b], {"context": 5}, "5 vectors and tiny a context of 5"),
+        ([a, b], {"name": "No Good"}, "name is not valid"),
+        ([a, b], {"version": "two"}, "version is not valid"),
+    ):
+        with pytest.raises(PolicyPatchError, match=message) as caught:
+            stack(patches, **options)
+        assert "\n" not in str(caught.value)
+    assert len(stack([a, b], context=6).vectors) == 5
+
+
+def test_the_command(pair, tmp_path: Path):
+    folders = [save(patch, tmp_path / patch.manifest.name) for patch in pair]
+    call = ["stack", *map(str, folders), "--out", str(tmp_path / "both")]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0 and "2 + 3 = 5 vectors, not measured yet" in result.stdout.replace("\n", " ")
+    assert torch.equal(load(tmp_path / "both").vectors, (pair[0] + pair[1]).vectors)
+    again = CliRunner().invoke(app, call)
+    assert again.exit_code == 2 and "exists: choose another --out" in again.stderr
