@@ -16,9 +16,9 @@ from policypatch.report.records import FAILED
 
 pytestmark = IN_A_BROWSER
 
-# Presses the heading of the last table's column of lengths twice.
+# Presses the heading of the first table's column of lengths twice.
 SORTED = """
-  const table = [...page.querySelectorAll("table.compare")].at(-1);
+  const table = page.querySelector("table.compare");
   const head = [...table.tHead.rows[0].cells].find((cell) => cell.textContent.includes("length"));
   const column = () => [...table.tBodies[0].rows].map((row) => row.cells[head.cellIndex].textContent.trim());
   const before = column();
