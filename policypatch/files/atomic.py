@@ -134,7 +134,7 @@ def parse_json(content: bytes, path: Path) -> Any:
         raise PolicyPatchError(f"{path} is not valid JSON: {error}") from error
 
 
-def read_limited(path: Path, most: int) -> bytes:
+def read_limited(path: Path | str, most: int) -> bytes:
     """The bytes of a file that may have come from anywhere. Raises PolicyPatchError when there are more than `most`."""
     try:
         with Path(path).open("rb") as file:

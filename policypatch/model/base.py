@@ -183,26 +183,35 @@ def choose_dtype(name: str, device: str = "auto") -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def identify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str) -> BaseIdentity:
-    """The digests of a loaded model; under a second for 135 M parameters."""
+def identify(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, revision: str
+) -> BaseIdentity:
+    """The digests of a loaded model; under a second for 135 M parameters. Without a tokenizer its digests are empty."""
     embedding = model.get_input_embeddings().weight
     weights = hashlib.sha256()
     for parameter_name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
         sampled = flat[:: max(1, flat.numel() // SAMPLED)]
         weights.update(f"{parameter_name} {tuple(parameter.shape)} ".encode() + _bf16_bytes(sampled))
-    vocabulary = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab().items()))
-    )
+    vocabulary = template = ""
+    if tokenizer is not None:
+        vocabulary = hashlib.sha256(_vocabulary(tokenizer).encode()).hexdigest()
+        template = hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()
     return BaseIdentity(
         id=name,
         revision=revision,
         embedding=hashlib.sha256(_bf16_bytes(embedding)).hexdigest(),
         weights=weights.hexdigest(),
         config=hashlib.sha256(json.dumps(_architecture(model), sort_keys=True).encode()).hexdigest(),
-        tokenizer=hashlib.sha256(vocabulary.encode()).hexdigest(),
-        chat_template=hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest(),
+        tokenizer=vocabulary,
+        chat_template=template,
     )
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.is_fast:
+        return tokenizer.backend_tokenizer.to_str()
+    return json.dumps(sorted(tokenizer.get_vocab().items()))
 
 
 def _bf16_bytes(values: Tensor) -> bytes:

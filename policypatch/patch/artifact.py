@@ -63,10 +63,10 @@ def save(patch: Patch, folder: Path) -> Path:
 
 
 def load(
-    folder: Path,
+    folder: Path | str,
     base: BaseIdentity | None = None,
     allow_mismatch: Collection[str] = (),
-    require_signature: Path | None = None,
+    require_signature: Path | str | None = None,
 ) -> Patch:
     """Read and check an artifact.
 

@@ -47,6 +47,15 @@ classifiers with errors of their own; a figure by the judge that filtered the tr
 
 ## How to apply
 
+To a transformers model, for `generate`, pipelines and chats:
+
+```python
+import policypatch
+policypatch.apply(model, "this/folder", tokenizer=tokenizer)   # policypatch.remove(model) takes it away
+```
+
+By hand:
+
 ```python
 import torch
 from policypatch.patch.artifact import load

@@ -57,7 +57,7 @@ def keygen(private: Path) -> tuple[Path, Path]:
     return private, public
 
 
-def public_key(path: Path) -> Ed25519PublicKey:
+def public_key(path: Path | str) -> Ed25519PublicKey:
     """A public key as `keygen` writes it.
 
     Raises:

@@ -115,7 +115,7 @@ def test_card_without_figures(make_patch):
 def test_the_cards_own_snippet_runs(make_patch, tiny_llama, tmp_path):
     patch = make_patch()
     folder = save(patch, tmp_path / "patch")
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (folder / "README.md").read_text().split("```python\n")[2].split("```")[0]
     code = code.replace("this/folder", str(folder))
     # Greedy and endless, to be compared; the snippet leaves both to the reader.
     tiny_llama.generation_config.eos_token_id = None

@@ -1,0 +1,113 @@
+"""What a customer's own Python code calls: `import policypatch` has these."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from policypatch.errors import PolicyPatchError
+from policypatch.model import applied
+from policypatch.model.base import identify
+from policypatch.patch.artifact import Patch, load
+from policypatch.patch.manifest import BaseIdentity
+from policypatch.patch.stacking import stack
+
+__all__ = ["apply", "load", "remove", "stack", "using"]
+
+AnyPatch = Patch | Path | str
+OF_TOKENIZER = ("tokenizer", "chat_template")
+
+
+def apply(
+    model: PreTrainedModel,
+    *patches: AnyPatch,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    allow_mismatch: Collection[str] = (),
+    require_signature: Path | str | None = None,
+) -> PreTrainedModel:
+    """Put patches before everything that a transformers model reads: `generate`, pipelines, chats, any cache.
+
+    Args:
+        model: the base that the patches were made for, with sdpa or eager attention; its weights are not changed.
+        patches: loaded ones or their folders, in the order in which they stand.
+        tokenizer: the model's; without it, tokenizer and chat template are not compared with those of the patch.
+        allow_mismatch: digests of the base that may differ, by name.
+        require_signature: public key that must have signed each; patches are given by their folders then.
+
+    Returns:
+        the model.
+
+    Raises:
+        PolicyPatchError: a patch does not load or is for another base, or the architecture is not supported.
+    """
+    found = _loaded(patches, require_signature)
+    if not found:
+        raise PolicyPatchError("apply needs at least one patch")
+    _check_base(model, found, tokenizer, allow_mismatch)
+    return applied.apply(model, *(patch.vectors for patch in found))
+
+
+def remove(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it was before `apply`, bit for bit."""
+    return applied.remove(model)
+
+
+@contextmanager
+def using(
+    model: PreTrainedModel, patches: AnyPatch | Sequence[AnyPatch | None] | None, per_row: bool = False
+) -> Iterator[PreTrainedModel]:
+    """Another stack before the input of a model that patches were applied to, for as long as the block lasts.
+
+    Args:
+        model: the model.
+        patches: a patch or a stack of them; None is the plain base.
+        per_row: `patches` has one for each row of the batch instead: a patch (`a + b` for a stack) or None.
+
+    Raises:
+        PolicyPatchError: nothing was applied to the model, a patch is for another base than the one applied first, or
+            (when the model is called) there are other numbers of patches and of rows.
+    """
+    given = [patches] if patches is None or isinstance(patches, Patch | Path | str) else list(patches)
+    rows: list[list[AnyPatch] | None]
+    if per_row:
+        rows = [None if patch is None else [patch] for patch in given]
+    else:
+        rows = [[patch for patch in given if patch is not None] or None]
+    loaded = [None if row is None else _loaded(row, None) for row in rows]
+    _check_base(model, [patch for row in loaded if row for patch in row], None, ())
+    with applied.using(model, *(None if row is None else [patch.vectors for patch in row] for row in loaded)):
+        yield model
+
+
+def _loaded(patches: Sequence[AnyPatch], key: Path | str | None) -> list[Patch]:
+    for patch in patches:
+        if key is not None and isinstance(patch, Patch):
+            raise PolicyPatchError(
+                f"{patch.manifest.name} is loaded already and its signature not at hand: give its folder"
+            )
+    return [p if isinstance(p, Patch) else load(Path(p), require_signature=key) for p in patches]
+
+
+def _check_base(
+    model: PreTrainedModel,
+    patches: Sequence[Patch],
+    tokenizer: PreTrainedTokenizerBase | None,
+    allow_mismatch: Collection[str],
+) -> None:
+    """Refuse a patch for another base."""
+    if unknown := set(allow_mismatch) - set(BaseIdentity.digests()):
+        raise PolicyPatchError(
+            f"allow_mismatch names {sorted(unknown)[0]}: choose from {', '.join(BaseIdentity.digests())}"
+        )
+    here = identify(model, tokenizer, "this model", "local")
+    free = {*allow_mismatch, *(OF_TOKENIZER if tokenizer is None else ())}
+    for patch in patches:
+        manifest = patch.manifest
+        if differing := [name for name in manifest.base.differences(here) if name not in free]:
+            raise PolicyPatchError(
+                f"{manifest.name} {manifest.version} was made for {manifest.base.id} ({manifest.base.revision}), and "
+                f"this model differs in {', '.join(differing)}: use the base it was made for"
+            )

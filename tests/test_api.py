@@ -1,0 +1,118 @@
+"""`import policypatch`: patches by folder on a customer's model, refused where they are for another one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import policypatch
+from policypatch.errors import PolicyPatchError
+from policypatch.model.base import Base
+from policypatch.patch.artifact import Patch, digest, save, sign
+from policypatch.patch.manifest import Manifest
+from policypatch.patch.signature import keygen
+
+
+@pytest.fixture
+def customer(tiny_base_folder: Path):
+    """A model and tokenizer as plain transformers loads them."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base_folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(tiny_base_folder)
+
+
+@pytest.fixture
+def made(tiny_base: Base, tmp_path: Path):
+    """made(name, start) -> a patch for the tiny base, of four of its own embeddings, and its folder."""
+
+    def make(name: str, start: int, **changes) -> tuple[Patch, Path]:
+        vectors = tiny_base.embedding[start : start + 4].float().clone()
+        about = {"length": 4, "width": tiny_base.width, "base": tiny_base.identity, "sha256": digest(vectors)}
+        fields = about | {"created": "2026-11-25T00:00:00+00:00"} | changes
+        patch = Patch(vectors, Manifest(name, "1.0.0", ["toxicity"], **fields))
+        return patch, save(patch, tmp_path / name)
+
+    return make
+
+
+def continued(model, tokenizer, text: str) -> str:
+    encoded = tokenizer(text, return_tensors="pt")
+    return tokenizer.decode(model.generate(**encoded, max_new_tokens=6, do_sample=False)[0])
+
+
+def test_applied_by_folder_switched_and_removed(customer, made):
+    (tox, tox_folder), (bias, _) = made("tox", 10), made("bias", 30)
+    model, tokenizer = customer
+    plain = continued(model, tokenizer, "The harbour")
+    assert policypatch.apply(model, str(tox_folder), bias, tokenizer=tokenizer) is model
+    both = continued(model, tokenizer, "The harbour")
+    with policypatch.using(model, None):
+        assert continued(model, tokenizer, "The harbour") == plain
+    with policypatch.using(model, [tox, bias]):
+        assert continued(model, tokenizer, "The harbour") == both
+    with policypatch.using(model, tox + bias):
+        assert continued(model, tokenizer, "The harbour") == both
+    policypatch.remove(model)
+    assert continued(model, tokenizer, "The harbour") == plain != both
+
+
+def test_a_stack_for_each_row(customer, made):
+    tox, folder = made("tox", 10)
+    model, tokenizer = customer
+    text = "The train arrived"
+    plain = continued(model, tokenizer, text)
+    policypatch.apply(model, tox)
+    patched = continued(model, tokenizer, text)
+    encoded = tokenizer([text, text], return_tensors="pt")
+    with policypatch.using(model, [folder, None], per_row=True):
+        out = model.generate(**encoded, max_new_tokens=6, do_sample=False)
+    assert [tokenizer.decode(row) for row in out] == [patched, plain]
+
+
+def test_a_pipeline_and_a_chat(customer, made):
+    tox, _ = made("tox", 10)
+    model, tokenizer = customer
+    chat = [{"role": "user", "content": "Who voted?"}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    policypatch.apply(model, tox, tokenizer=tokenizer)
+    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    ids = model.generate(**encoded, max_new_tokens=6, do_sample=False)[0, encoded["input_ids"].shape[1] :]
+    said = pipeline("text-generation", model=model, tokenizer=tokenizer)(chat, max_new_tokens=6, do_sample=False)
+    assert said[0]["generated_text"][-1]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_another_base_is_refused_with_what_differs(customer, made, tiny_base: Base):
+    from dataclasses import replace
+
+    model, tokenizer = customer
+    far, _ = made("far", 10, base=replace(tiny_base.identity, weights="0" * 64, chat_template="1" * 64))
+    with pytest.raises(PolicyPatchError, match=r"made for tiny .*differs in weights, chat_template: use the base"):
+        policypatch.apply(model, far, tokenizer=tokenizer)
+    with pytest.raises(PolicyPatchError, match="differs in weights: use the base"):
+        policypatch.apply(model, far)  # nothing is known of a tokenizer that was not given
+    with pytest.raises(PolicyPatchError, match="allow_mismatch names weight: choose from"):
+        policypatch.apply(model, far, allow_mismatch=["weight"])
+    policypatch.apply(model, far, tokenizer=tokenizer, allow_mismatch=["weights", "chat_template"])
+
+
+def test_a_signature_may_be_asked_for(customer, made, tmp_path: Path):
+    _, folder = made("tox", 10)
+    private, public = keygen(tmp_path / "key")
+    with pytest.raises(PolicyPatchError, match="is not signed"):
+        policypatch.apply(customer[0], folder, require_signature=public)
+    sign(folder, private)
+    policypatch.apply(customer[0], folder, require_signature=public)
+    loaded = policypatch.load(folder)
+    with pytest.raises(PolicyPatchError, match="give its folder"):  # what is loaded has no signature with it
+        policypatch.apply(customer[0], loaded, require_signature=public)
+
+
+def test_nothing_heavy_is_imported_before_it_is_asked_for():
+    code = (
+        "import sys, policypatch; assert 'torch' not in sys.modules; policypatch.apply; assert 'torch' in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = policypatch.nothing
