@@ -1,4 +1,4 @@
-"""Speed of a DPO step and of sampling, against the obvious way of doing each, interleaved in one process.
+"""Speed of a DPO step and of sampling against the obvious way of each, and what an applied patch costs, interleaved.
 
     python -m benchmarks [--repeats 5]        (or: make bench)
 
@@ -21,6 +21,8 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from benchmarks.applied import NEW_TOKENS as NEW
+from benchmarks.applied import overhead
 from policypatch.files.atomic import write_json
 from policypatch.model.backbone import PrefixBackbone, plain_logits
 from policypatch.model.base import Base, load_base
@@ -136,12 +138,18 @@ def main() -> None:
             "dpo.step_ratio_vs_concatenated": dpo_step(base, repeats),
             "decode.sampling_ratio_vs_generate": sampling(base, repeats),
         }
-        results[dtype] = found
+        applied = overhead(base, repeats)
+        results[dtype] = found | {f"applied.{name}_ratio_vs_plain": {"ratio": ratio} for name, ratio in applied.items()}
         for name, figures in found.items():
             ratio, ours = figures["ratio"], figures["ours_s"]
             console.print(
                 f"{dtype:9} {name}: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}), "
                 f"ours {ours['median']:.2f} s"
+            )
+        for name, ratio in applied.items():
+            console.print(
+                f"{dtype:9} applied.{name}_ratio_vs_plain: {ratio['median']:.3f} ({ratio['min']:.3f} to "
+                f"{ratio['max']:.3f}), {NEW} new tokens"
             )
     write_json(ROOT / "results" / "latest.json", results)
 

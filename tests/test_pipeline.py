@@ -59,6 +59,7 @@ def test_a_run_leaves_everything_it_promises(go, tiny_base, tmp_path: Path):
         "pairs.jsonl",
         "patch",
         "peft",
+        "per_prompt.json",
         "report.html",
         "run.json",
         "samples.jsonl",
