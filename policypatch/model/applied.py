@@ -11,6 +11,7 @@ whatever builds on them goes on working, and another stack needs no other cache 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -258,8 +259,6 @@ def _attend(
 
 def _eager_of(module: nn.Module) -> Any:
     """The function that the module's own file has for eager attention."""
-    import sys
-
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
