@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from policypatch.errors import PolicyPatchError
 from policypatch.model import applied
 from policypatch.model.base import identify
-from policypatch.patch.artifact import Patch, load
-from policypatch.patch.manifest import BaseIdentity
+from policypatch.patch.artifact import Patch, check_base, check_names, load
 from policypatch.patch.stacking import stack
 
 __all__ = ["apply", "load", "remove", "stack", "using"]
@@ -46,8 +45,14 @@ def apply(
     found = _loaded(patches, require_signature)
     if not found:
         raise PolicyPatchError("apply needs at least one patch")
-    _check_base(model, found, tokenizer, allow_mismatch)
-    return applied.apply(model, *(patch.vectors for patch in found))
+    check_names(allow_mismatch)
+    bound = applied.Bound(
+        identify(model, tokenizer, "the model given", "local"),
+        frozenset({*allow_mismatch, *(OF_TOKENIZER if tokenizer is None else ())}),
+    )
+    _check(found, bound)
+    applied.apply(model, *(patch.vectors for patch in found), bound=bound)
+    return model
 
 
 def remove(model: PreTrainedModel) -> PreTrainedModel:
@@ -77,7 +82,8 @@ def using(
     else:
         rows = [[patch for patch in given if patch is not None] or None]
     loaded = [None if row is None else _loaded(row, None) for row in rows]
-    _check_base(model, [patch for row in loaded if row for patch in row], None, ())
+    if (state := applied.state_of(model)) is not None and state.bound is not None:
+        _check([patch for row in loaded if row for patch in row], state.bound)
     with applied.using(model, *(None if row is None else [patch.vectors for patch in row] for row in loaded)):
         yield model
 
@@ -91,23 +97,7 @@ def _loaded(patches: Sequence[AnyPatch], key: Path | str | None) -> list[Patch]:
     return [p if isinstance(p, Patch) else load(Path(p), require_signature=key) for p in patches]
 
 
-def _check_base(
-    model: PreTrainedModel,
-    patches: Sequence[Patch],
-    tokenizer: PreTrainedTokenizerBase | None,
-    allow_mismatch: Collection[str],
-) -> None:
-    """Refuse a patch for another base."""
-    if unknown := set(allow_mismatch) - set(BaseIdentity.digests()):
-        raise PolicyPatchError(
-            f"allow_mismatch names {sorted(unknown)[0]}: choose from {', '.join(BaseIdentity.digests())}"
-        )
-    here = identify(model, tokenizer, "this model", "local")
-    free = {*allow_mismatch, *(OF_TOKENIZER if tokenizer is None else ())}
+def _check(patches: Sequence[Patch], bound: applied.Bound) -> None:
     for patch in patches:
-        manifest = patch.manifest
-        if differing := [name for name in manifest.base.differences(here) if name not in free]:
-            raise PolicyPatchError(
-                f"{manifest.name} {manifest.version} was made for {manifest.base.id} ({manifest.base.revision}), and "
-                f"this model differs in {', '.join(differing)}: use the base it was made for"
-            )
+        named = f"{patch.manifest.name} {patch.manifest.version}"
+        check_base(patch.manifest, bound.identity, bound.allow_mismatch, named)

@@ -84,7 +84,8 @@ def verify(
         console.print(f"– made for {loaded.manifest.base.id}: give --model to check yours", markup=False)
         return
     base = base_of(model)
-    artifact.load(patch, base.identity, allow_mismatch or (), key)
+    artifact.check_names(allow_mismatch or ())
+    artifact.check_base(loaded.manifest, base.identity, allow_mismatch or (), str(patch))
     allowed = f", but for {', '.join(allow_mismatch)}" if allow_mismatch else ""
     console.print(f"✓ {model} is the base it was made for{allowed}", markup=False)
     odd = artifact.far_out(loaded.vectors, base.embedding)

@@ -88,13 +88,26 @@ def test_another_base_is_refused_with_what_differs(customer, made, tiny_base: Ba
 
     model, tokenizer = customer
     far, _ = made("far", 10, base=replace(tiny_base.identity, weights="0" * 64, chat_template="1" * 64))
-    with pytest.raises(PolicyPatchError, match=r"made for tiny .*differs in weights, chat_template: use the base"):
+    with pytest.raises(PolicyPatchError, match=r"far 1\.0\.0 was made for tiny .*differs in weights, chat_template:"):
         policypatch.apply(model, far, tokenizer=tokenizer)
     with pytest.raises(PolicyPatchError, match="differs in weights: use the base"):
         policypatch.apply(model, far)  # nothing is known of a tokenizer that was not given
     with pytest.raises(PolicyPatchError, match="allow_mismatch names weight: choose from"):
         policypatch.apply(model, far, allow_mismatch=["weight"])
     policypatch.apply(model, far, tokenizer=tokenizer, allow_mismatch=["weights", "chat_template"])
+    with policypatch.using(model, [far]):  # what was accepted stays so
+        pass
+    other, _ = made("other", 10, base=replace(tiny_base.identity, embedding="2" * 64))
+    with pytest.raises(PolicyPatchError, match="differs in embedding"), policypatch.using(model, other):
+        pass
+
+
+def test_switching_does_not_look_at_the_whole_model_again(customer, made, monkeypatch):
+    (tox, _), (bias, _) = made("tox", 10), made("bias", 30)
+    policypatch.apply(customer[0], tox)
+    monkeypatch.setattr("policypatch.api.identify", lambda *_: pytest.fail("identified again"))
+    with policypatch.using(customer[0], bias):
+        pass
 
 
 def test_a_signature_may_be_asked_for(customer, made, tmp_path: Path):

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import decoder_of, sliding_window
+from policypatch.patch.manifest import BaseIdentity
 
 PREFIX = "policypatch_"  # of the attention implementations that see a stack
 KINDS = ("sdpa", "eager")
@@ -39,6 +40,14 @@ class Stack:
     layers: Sequence[tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Bound:
+    """What a model was recognised by when patches were applied (that takes a while), and what may differ."""
+
+    identity: BaseIdentity
+    allow_mismatch: frozenset[str]
+
+
 @dataclass
 class Applied:
     """What stands before a model's input now.
@@ -50,6 +59,7 @@ class Applied:
         hook: what shifts positions.
         shared: keys and values for a layer and a batch size, made once while the rows stay the same.
         window: how far back the model's sliding layers look.
+        bound: what patches that come later must have been made for.
         positions: (B or 1, T) of the tokens that are being read, where that may be further on than the window.
     """
 
@@ -59,6 +69,7 @@ class Applied:
     hook: Any = None
     shared: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
     window: int | None = None
+    bound: Bound | None = None
     positions: Tensor | None = None
 
     @property
@@ -97,12 +108,13 @@ class Applied:
         return both[0], both[1], None if bool(there.all()) else there.to(both[0].device)
 
 
-def apply(model: PreTrainedModel, *vectors: Tensor) -> PreTrainedModel:
+def apply(model: PreTrainedModel, *vectors: Tensor, bound: Bound | None = None) -> PreTrainedModel:
     """Put a stack of patches before everything that the model reads, until `remove`.
 
     Args:
         model: the base; it is changed in place, its weights are not.
         vectors: (L_i, D) of each patch, in the order in which they stand.
+        bound: kept for `using`.
 
     Returns:
         the model.
@@ -124,6 +136,9 @@ def apply(model: PreTrainedModel, *vectors: Tensor) -> PreTrainedModel:
         if known is None:
             remove(model)
         raise
+    state = state_of(model)
+    assert state is not None
+    state.bound = bound
     return model
 
 
@@ -204,7 +219,6 @@ def _computed(model: PreTrainedModel, state: Applied, vectors: Tensor) -> Stack:
     key = vectors.numpy().tobytes() + f"{model.device} {model.dtype}".encode()
     if key not in state.known:
         before, state.rows = state.rows, [None]
-        state.shared.clear()
         try:
             embedded = vectors.to(model.device, model.dtype)[None]
             cache = decoder_of(model)(

@@ -82,10 +82,7 @@ def load(
             fit, the base differs, or `allow_mismatch` names no digest.
     """
     folder = Path(folder)
-    if unknown := set(allow_mismatch) - set(BaseIdentity.digests()):
-        raise PolicyPatchError(
-            f"allow_mismatch names {sorted(unknown)[0]}: choose from {', '.join(BaseIdentity.digests())}"
-        )
+    check_names(allow_mismatch)
     key = None if require_signature is None else signature.public_key(require_signature)
     for name in (VECTORS, MANIFEST):
         if not (folder / name).is_file():
@@ -101,13 +98,25 @@ def load(
     if key is not None:
         signature.check(folder, written, manifest.sha256, key)
     if base is not None:
-        differing = [name for name in manifest.base.differences(base) if name not in allow_mismatch]
-        if differing:
-            raise PolicyPatchError(
-                f"{folder} was made for {manifest.base.id} ({manifest.base.revision}), and this base "
-                f"({base.id}) differs in {', '.join(differing)}: use the base it was made for"
-            )
+        check_base(manifest, base, allow_mismatch, str(folder))
     return Patch(vectors, manifest)
+
+
+def check_names(allow_mismatch: Collection[str]) -> None:
+    """Refuse what is no digest of a base: it would seem to allow something and allow nothing."""
+    if unknown := set(allow_mismatch) - set(BaseIdentity.digests()):
+        raise PolicyPatchError(
+            f"allow_mismatch names {sorted(unknown)[0]}: choose from {', '.join(BaseIdentity.digests())}"
+        )
+
+
+def check_base(manifest: Manifest, base: BaseIdentity, allow_mismatch: Collection[str], what: str) -> None:
+    """Refuse a base that differs from the one a patch was made for in more than what is allowed; `what` is named."""
+    if differing := [name for name in manifest.base.differences(base) if name not in allow_mismatch]:
+        raise PolicyPatchError(
+            f"{what} was made for {manifest.base.id} ({manifest.base.revision}), and this base "
+            f"({base.id}) differs in {', '.join(differing)}: use the base it was made for"
+        )
 
 
 def sign(folder: Path, private: Path) -> Path:
