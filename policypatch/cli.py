@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from policypatch import patch_commands
+from policypatch import export_commands, patch_commands, serve_command
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate import judge_quality as quality
 from policypatch.files.atomic import write_json
@@ -77,7 +77,13 @@ def compare(
     say(compared(folders, target), target)
 
 
-patch_commands.register(app, sentence)
+def add(command: Callable[..., None], name: str | None = None) -> None:
+    """Have a command of another file."""
+    app.command(name)(sentence(command))
+
+
+for commands in (patch_commands, export_commands, serve_command):
+    commands.register(add)
 
 
 def measured(model: bool = True) -> dict[str, list[dict[str, Any]]]:

@@ -62,8 +62,7 @@ def package(
     )
     patch = artifact.Patch(vectors, manifest)
     artifact.save(patch, folder / "patch")
-    heads = base.model.config.num_attention_heads, base.model.config.num_hidden_layers
-    save_peft(patch, folder / "peft", num_attention_heads=heads[0], num_layers=heads[1])
+    save_peft(patch, folder / "peft")
 
 
 def record(

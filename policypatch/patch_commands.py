@@ -6,7 +6,7 @@ import json
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -18,10 +18,17 @@ PatchFolder = Annotated[Path, typer.Argument(help="a patch's folder")]
 console = Console(soft_wrap=True, highlight=False)
 
 
-def register(app: typer.Typer, sentence: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
-    """Add the commands; `sentence` turns an error into one sentence and exit status 2."""
+class Register(Protocol):
+    """Adds a command, under a name of its own where that is given."""
+
+    def __call__(self, command: Callable[..., None], name: str | None = None) -> None:
+        """Add it."""
+
+
+def register(add: Register) -> None:
+    """Add the commands."""
     for command in (info, diff, verify, keygen, sign, stack):
-        app.command()(sentence(command))
+        add(command)
 
 
 def info(patch: PatchFolder) -> None:
@@ -168,25 +175,32 @@ def distance(a: Any, b: Any) -> str:
     return f"vectors: {apart:.3g} apart on average, of a length of {length:.3g}; mean cosine {cosine:.3f}"
 
 
-def base_of(model: str) -> Any:
+def base_of(model: str, dtype: str = "auto") -> Any:
     """The base that a command line names.
 
     Raises:
         PolicyPatchError: it cannot be had or does not load.
     """
-    from omegaconf import OmegaConf
-
     from policypatch.logs import quiet_libraries
     from policypatch.model.base import load_base
 
     quiet_libraries()
+    config = model_config(model)
+    config.dtype = dtype
+    return load_base(config)
+
+
+def model_config(model: str) -> Any:
+    """The base that a command line names, as `conf/model/` describes one."""
+    from omegaconf import OmegaConf
+
     known = CONF / "model" / f"{model}.yaml"
     if known.is_file():
-        return load_base(OmegaConf.load(known))  # type: ignore[arg-type]
+        return OmegaConf.load(known)
     options: dict[str, Any] = {"name": model, "source": None, "path": None, "dtype": "auto", "device": "auto"}
     options |= {"attention": "sdpa", "quantize": None}
     if Path(model).expanduser().exists():
         options["path"] = model
     else:
         options["source"] = {"hub": model}
-    return load_base(OmegaConf.create(options))
+    return OmegaConf.create(options)

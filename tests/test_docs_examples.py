@@ -6,26 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import ROOT
+from tiny_run import ROOT, patch_of
 from typer.testing import CliRunner
 
 from policypatch.cli import app
 from policypatch.model.base import Base
-from policypatch.patch.artifact import Patch, digest, load, save
-from policypatch.patch.manifest import Manifest
+from policypatch.patch.artifact import load, save
 
 BLOCKS = re.findall(r"```(python)?\n(.*?)```", (ROOT / "docs" / "patches.md").read_text("utf-8"), re.S)
-
-
-def patch(base: Base, name: str, vectors: torch.Tensor) -> Patch:
-    about = {"length": vectors.shape[0], "width": vectors.shape[1], "base": base.identity, "sha256": digest(vectors)}
-    return Patch(vectors, Manifest(name, "1.0.0", ["toxicity"], created="2026-11-25T00:00:00+00:00", **about))
 
 
 def test_they_run(tiny_base: Base, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     (tmp_path / "base").symlink_to(tiny_base_folder)
     for name, start in (("tox", 10), ("bias", 20)):
-        save(patch(tiny_base, name, tiny_base.embedding[start : start + 4].float().clone()), tmp_path / name)
+        save(patch_of(tiny_base, name, start), tmp_path / name)
     monkeypatch.chdir(tmp_path)
     commands = [line for language, block in BLOCKS if not language for line in block.splitlines()]
     assert len(commands) >= 7

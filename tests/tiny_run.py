@@ -14,6 +14,9 @@ from omegaconf import DictConfig
 
 from policypatch.evaluate.judges.base import BaseJudge
 from policypatch.evaluate.scorecard import COST, Row, Scorecard
+from policypatch.model.base import Base
+from policypatch.patch.artifact import Patch, digest
+from policypatch.patch.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("harbour", "evening", "train", "quiet", "office", "map", "valley", "neighbour", "opinion", "winter", "river")
@@ -160,6 +163,14 @@ def _custom(key: str, prompts: Path) -> dict[str, Any]:
         f"{key}.prompts": write_prompts(prompts / "policy.jsonl", 15, 600, "prompt"),
         f"{key}.judge": "{_target_:tiny_run.HashJudge,name:policy,salt:p}",
     }
+
+
+def patch_of(base: Base, name: str, start: int, length: int = 4, **fields: Any) -> Patch:
+    """A patch for `base` whose vectors are its embeddings of `length` tokens from `start` on."""
+    vectors = base.embedding[start : start + length].float().clone()
+    known = {"version": "1.0.0", "risks": ["toxicity"], "created": "2026-11-25T00:00:00+00:00", "base": base.identity}
+    shape = {"length": length, "width": vectors.shape[1], "sha256": digest(vectors)}
+    return Patch(vectors, Manifest(name=name, **(known | shape | fields)))
 
 
 SECTIONS = {

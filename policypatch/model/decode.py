@@ -190,7 +190,7 @@ def _sample_batch(
         _RoomyLayer(layer.keys[spread], layer.values[spread], sampling.max_new_tokens) for layer in cache.layers
     ]
     seen, last = seen[spread], states[spread, -1]
-    keys = [_row_key(whole[r], s) for r in range(rows) for s in range(k)]
+    keys = [row_key(whole[r], s) for r in range(rows) for s in range(k)]
     draws = uniforms(seed, keys, sampling.max_new_tokens).to(device)
     ending = torch.tensor(list(eos), dtype=torch.long, device=device)
     written = torch.full((rows * k, sampling.max_new_tokens), -1, dtype=torch.long, device=device)
@@ -241,7 +241,7 @@ def _forward(
     return output.last_hidden_state, output.past_key_values
 
 
-def _row_key(prompt: Sequence[int], number: int) -> int:
+def row_key(prompt: Sequence[int], number: int) -> int:
     """64 bits that name a sample: its prompt's tokens and its number among the k."""
     digest = hashlib.blake2b(b",".join(str(t).encode() for t in prompt), digest_size=8)
     digest.update(f"#{number}".encode())

@@ -1,22 +1,29 @@
 """PEFT's prompt-tuning files: one tensor `prompt_embeddings` (L, D) float32 and `adapter_config.json`.
 
-The numbers are the patch's own; what PEFT has no place for (base fingerprint, scorecard) stays in the manifest.
+The numbers are the patch's own; what PEFT has no place for (base digests, scorecard) stands in the manifest, which is
+laid beside its files.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from policypatch.files.atomic import atomic_folder, write_json
-from policypatch.patch.artifact import TENSOR, Patch
+from policypatch.errors import PolicyPatchError
+from policypatch.files.atomic import atomic_folder, parse_json, read_json, read_limited, write_json
+from policypatch.patch.artifact import MANIFEST, MANIFEST_LIMIT, TENSOR, Patch
+from policypatch.patch.manifest import Manifest
+
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def save_peft(patch: Patch, folder: Path, num_layers: int, num_attention_heads: int) -> Path:
+def save_peft(patch: Patch, folder: Path) -> Path:
     """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
 
-    The two architecture figures are PEFT's own demand for its configuration; prompt tuning does not use them.
+    PEFT takes the figures of the architecture that are null here from the base.
     """
     config = {
         "peft_type": "PROMPT_TUNING",
@@ -27,13 +34,46 @@ def save_peft(patch: Patch, folder: Path, num_layers: int, num_attention_heads: 
         "num_virtual_tokens": patch.manifest.length,
         "token_dim": patch.manifest.width,
         "num_transformer_submodules": 1,
-        "num_attention_heads": num_attention_heads,
-        "num_layers": num_layers,
+        "num_attention_heads": None,
+        "num_layers": None,
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": None,
         "tokenizer_name_or_path": None,
     }
     with atomic_folder(folder) as temporary:
-        save_file({TENSOR: patch.vectors.contiguous()}, temporary / "adapter_model.safetensors")
-        write_json(temporary / "adapter_config.json", config)
+        save_file({TENSOR: patch.vectors.detach().cpu().contiguous()}, temporary / ADAPTER)
+        write_json(temporary / CONFIG, config)
+        write_json(temporary / MANIFEST, patch.manifest.to_json())
     return folder
+
+
+def load_peft(folder: Path) -> tuple[Tensor, str | None, Manifest | None]:
+    """Read a prompt-tuning adapter, ours or anyone's.
+
+    Returns:
+        the vectors (L, D) float32; the base that it names; the manifest, where one lies beside it.
+
+    Raises:
+        PolicyPatchError: a file is missing or damaged, the adapter is of another kind, or it holds other tensors.
+    """
+    for name in (ADAPTER, CONFIG):
+        if not (folder / name).is_file():
+            raise PolicyPatchError(f"{folder} is no PEFT adapter: it has no {name}")
+    config = read_json(folder / CONFIG)
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "PROMPT_TUNING":
+        raise PolicyPatchError(
+            f"{folder / CONFIG}: peft_type is {kind!r}: only PROMPT_TUNING is vectors before the input"
+        )
+    try:
+        tensors = load_file(folder / ADAPTER)
+    except SafetensorError as error:
+        raise PolicyPatchError(f"{folder / ADAPTER} is damaged: {error}") from error
+    if list(tensors) != [TENSOR] or tensors[TENSOR].dim() != 2:
+        raise PolicyPatchError(f"{folder / ADAPTER} holds {sorted(tensors)}: expected one matrix {TENSOR!r}")
+    manifest = None
+    if (folder / MANIFEST).is_file():
+        written = parse_json(read_limited(folder / MANIFEST, MANIFEST_LIMIT), folder / MANIFEST)
+        manifest = Manifest.from_json(written, str(folder / MANIFEST))
+    base = config.get("base_model_name_or_path")
+    return tensors[TENSOR].float(), base if isinstance(base, str) else None, manifest

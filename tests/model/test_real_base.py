@@ -117,8 +117,7 @@ def test_shared_prefix_is_plain_concatenation(base: Base, artifact_folder: Path,
 @torch.no_grad()
 def test_peft_computes_the_same(base: Base, artifact_folder: Path, items, tmp_path: Path):
     patch = load(artifact_folder)
-    config = base.model.config
-    folder = save_peft(patch, tmp_path / "peft", config.num_hidden_layers, config.num_attention_heads)
+    folder = save_peft(patch, tmp_path / "peft")
     item = items[0]
     ids = torch.tensor([[*item.prompt, *item.completions[0]]])
     model = PeftModel.from_pretrained(base.model, folder)

@@ -7,17 +7,22 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
+from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import plain_logits
-from policypatch.patch.peft_layout import save_peft
+from policypatch.patch.peft_layout import load_peft, save_peft
 
 
 @pytest.fixture
 def folder(make_patch, tmp_path: Path) -> Path:
-    return save_peft(make_patch(), tmp_path / "peft", num_layers=3, num_attention_heads=4)
+    return save_peft(make_patch(), tmp_path / "peft")
 
 
 def test_files(folder: Path, make_patch):
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "patch.json",
+    ]
     tensors = load_file(folder / "adapter_model.safetensors")
     assert list(tensors) == ["prompt_embeddings"]
     assert torch.equal(tensors["prompt_embeddings"], make_patch().vectors)
@@ -43,5 +48,37 @@ def test_peft_computes_the_same(folder: Path, make_patch, tiny_llama):
 
 def test_saving_takes_a_parameter(make_patch, tmp_path: Path):
     vectors = torch.nn.Parameter(torch.ones(2, 64))
-    save_peft(make_patch(vectors), tmp_path / "peft", 3, 4)
+    save_peft(make_patch(vectors), tmp_path / "peft")
     assert torch.equal(load_file(tmp_path / "peft" / "adapter_model.safetensors")["prompt_embeddings"], vectors)
+
+
+def test_there_and_back_nothing_is_lost(folder: Path, make_patch):
+    vectors, base, manifest = load_peft(folder)
+    assert torch.equal(vectors, make_patch().vectors) and base == "tiny" and manifest == make_patch().manifest
+
+
+def test_what_peft_itself_trained_is_read(tiny_llama, tmp_path: Path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    model.save_pretrained(tmp_path / "theirs")
+    vectors, _, manifest = load_peft(tmp_path / "theirs")
+    assert torch.equal(vectors, model.prompt_encoder["default"].embedding.weight) and manifest is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("adapter_config.json", b'{"peft_type": "LORA"}', "peft_type is 'LORA'"),
+        ("adapter_config.json", b"[]", "peft_type is None"),
+        ("adapter_config.json", None, "has no adapter_config.json"),
+        ("adapter_model.safetensors", b"?", "is damaged"),
+        ("adapter_model.safetensors", None, "has no adapter_model.safetensors"),
+    ],
+)
+def test_what_is_no_prompt_tuning_is_refused(folder: Path, name: str, content: bytes | None, said: str):
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(PolicyPatchError, match=said):
+        load_peft(folder)

@@ -1,0 +1,61 @@
+"""Tokens become text piece by piece, and a stop text ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from policypatch.model.base import Base
+
+BEFORE = 8  # tokens of the prompt that the first piece is decoded behind
+HALF = "�"  # what a character shows as until its last byte has come
+
+
+class Writer:
+    """The text of one answer.
+
+    A piece is what decoding has more than it had a token ago: decoded alone, a token loses its first space under
+    SentencePiece, and a character of several tokens is none until the last.
+
+    Args:
+        base: whose tokens these are.
+        prompt: what the answer stands behind.
+        stop: texts that end it and are no part of it.
+    """
+
+    def __init__(self, base: Base, prompt: Sequence[int], stop: Sequence[str] = ()):
+        self._base, self._tokens, self._stop = base, list(prompt[-BEFORE:]), [text for text in stop if text]
+        self._start, self._read = 0, len(self._tokens)
+        self._held, self.stopped = "", False
+
+    def add(self, token: int) -> str:
+        """The text that a token has made certain, up to a stop text."""
+        self._tokens.append(token)
+        before = self._base.decode(self._tokens[self._start : self._read])
+        whole = self._base.decode(self._tokens[self._start :])
+        if whole.endswith(HALF) or len(whole) <= len(before):
+            return ""
+        self._start, self._read = self._read, len(self._tokens)
+        self._held += whole[len(before) :]
+        # Of several the one that is complete first, so that it does not depend on how text comes in pieces.
+        found = [(at + len(text), at) for text in self._stop if (at := self._held.find(text)) >= 0]
+        if found:
+            text, self._held, self.stopped = self._held[: min(found)[1]], "", True
+            return text
+        keep = max((_overlap(self._held, text) for text in self._stop), default=0)
+        text = self._held[: len(self._held) - keep]
+        self._held = self._held[len(text) :]
+        return text
+
+    def rest(self) -> str:
+        """What was held back, when no more tokens come."""
+        if self.stopped:
+            return ""
+        before = self._base.decode(self._tokens[self._start : self._read])
+        whole = self._base.decode(self._tokens[self._start :])
+        text, self._held = self._held + whole[len(before) :], ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of a stop text."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
