@@ -12,6 +12,7 @@ whatever builds on them goes on working, and another stack needs no other cache 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import decoder_of, sliding_window
+from policypatch.model.behind import BehindLayer, adopt
 from policypatch.patch.manifest import BaseIdentity
 
 PREFIX = "policypatch_"  # of the attention implementations that see a stack
@@ -61,6 +63,7 @@ class Applied:
         window: how far back the model's sliding layers look.
         bound: what patches that come later must have been made for.
         positions: (B or 1, T) of the tokens that are being read, where that may be further on than the window.
+        cache: of the forward that is under way.
     """
 
     kind: str
@@ -71,6 +74,7 @@ class Applied:
     window: int | None = None
     bound: Bound | None = None
     positions: Tensor | None = None
+    cache: weakref.ref[Any] | None = None
 
     @property
     def longest(self) -> int:
@@ -90,6 +94,10 @@ class Applied:
         if (number, batch) not in self.shared:
             self.shared[number, batch] = self._layer(number, batch)
         return self.shared[number, batch]
+
+    def front(self, number: int, batch: int) -> tuple[Tensor, Tensor] | None:
+        """The same without the mask; None where no stack stands before any row."""
+        return self.layer(number, batch)[:2] if self.longest else None
 
     def _layer(self, number: int, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         lengths, most = self.lengths(batch), self.longest
@@ -231,16 +239,19 @@ def _computed(model: PreTrainedModel, state: Applied, vectors: Tensor) -> Stack:
 
 
 def _shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positions counted on from the stacks' lengths."""
+    """Positions counted on from the stacks' lengths, and a cache that stands behind them."""
     state: Applied = module.__dict__[STATE]
+    past = kwargs.get("past_key_values")
+    state.cache = None if past is None else weakref.ref(past)
     if not state.longest:
         return args, kwargs
     given = kwargs.get("inputs_embeds")
     given = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
     assert given is not None
+    if past is not None:
+        adopt(past, state.front, module.config.num_hidden_layers)
     positions = kwargs.get("position_ids")
     if positions is None:
-        past = kwargs.get("past_key_values")
         seen = 0 if past is None else past.get_seq_length()
         positions = (torch.arange(given.shape[1], device=given.device) + seen)[None]
     lengths = state.lengths(given.shape[0])
@@ -260,15 +271,20 @@ def _attend(
     if not state.longest:
         return inner(module, query, key, value, attention_mask, **kwargs)
     batch, _, new, _ = query.shape
-    keys, values, there = state.layer(int(module.layer_idx), batch)  # type: ignore[arg-type]
+    number = int(module.layer_idx)  # type: ignore[arg-type]
+    keys, values, there = state.layer(number, batch)
     seen = None if there is None else there[:, None, None]  # (B, 1, 1, L)
     window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
     if window is not None and state.positions is not None:
         near = state.positions[:, None, :, None] - torch.arange(state.longest, device=query.device) < window
         seen = near if seen is None else seen & near
     mask = _widened(attention_mask, seen, state.longest, new, key.shape[2], query)
-    key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
-    return inner(module, query, key, value, mask, **kwargs)
+    cache = None if state.cache is None else state.cache()
+    layer = None if cache is None or number >= len(cache.layers) else cache.layers[number]
+    whole = layer.whole(key, value) if isinstance(layer, BehindLayer) else None
+    if whole is None:
+        whole = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+    return inner(module, query, *whole, mask, **kwargs)
 
 
 def _eager_of(module: nn.Module) -> Any:

@@ -1,0 +1,135 @@
+"""A layer behind a stack is transformers' own to everything but attention, whatever is done to it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from policypatch.model.behind import BehindLayer, adopt
+
+HEADS, WIDTH = 2, 4
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), st.integers(1, 40)),
+        st.tuples(st.just("crop"), st.integers(1, 3)),
+        st.tuples(st.just("reorder"), st.permutations(range(3))),
+        st.tuples(st.just("copy"), st.just(0)),
+        st.tuples(st.just("replace"), st.just(0)),
+        st.tuples(st.just("front"), st.integers(0, 5)),
+    ),
+    max_size=12,
+)
+
+
+class Front:
+    """What stands before, which may change."""
+
+    def __init__(self, length: int):
+        self.become(length)
+
+    def become(self, length: int) -> None:
+        self.pair = tuple(torch.randn(3, HEADS, length, WIDTH) for _ in range(2)) if length else None
+
+    def __call__(self, number: int, batch: int):
+        return self.pair
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps=STEPS, length=st.integers(0, 5))
+def test_whatever_is_done_to_it(steps: list, length: int):
+    front = Front(length)
+    ours, theirs = BehindLayer(front, 0), DynamicLayer()
+    for what, how in [("update", 2), *steps, ("update", 1)]:
+        if what == "update":
+            new = [torch.randn(3, HEADS, how, WIDTH) for _ in range(2)]
+            keys, values = ours.update(*new)
+            theirs.update(*new)
+            whole = ours.whole(keys, values)
+            assert (whole is None) == (front.pair is None)
+            if whole is not None:
+                for found, before, own in zip(whole, front.pair, (theirs.keys, theirs.values), strict=True):
+                    assert torch.equal(found, torch.cat([before, own], 2))
+        elif what == "crop" and how < theirs.get_seq_length():
+            ours.crop(-how), theirs.crop(-how)
+        elif what == "reorder":
+            for layer in (ours, theirs):
+                layer.reorder_cache(torch.tensor(how))
+        elif what == "copy":
+            ours = BehindLayer(front, 0, copy.deepcopy(ours))
+        elif what == "replace":
+            ours.keys = ours.keys.clone()
+        elif what == "front":
+            front.become(how)
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+
+def test_a_token_is_written_in_place():
+    layer = BehindLayer(Front(3), 0)
+    layer.update(*(torch.randn(3, HEADS, 5, WIDTH) for _ in range(2)))
+    places = set()
+    for _ in range(60):
+        keys, values = layer.update(*(torch.randn(3, HEADS, 1, WIDTH) for _ in range(2)))
+        places.add(layer.whole(keys, values)[0].data_ptr())
+    assert len(places) == 1
+
+
+def test_what_it_gave_out_is_not_written_over():
+    layer = BehindLayer(Front(3), 0)
+    keys, _ = layer.update(*(torch.randn(3, HEADS, 5, WIDTH) for _ in range(2)))
+    before = keys.clone()
+    layer.update(*(torch.randn(3, HEADS, 90, WIDTH) for _ in range(2)))
+    assert torch.equal(keys, before)
+
+
+def test_a_copy_is_a_plain_one_that_goes_its_own_way():
+    layer = BehindLayer(Front(3), 0)
+    layer.update(*(torch.randn(3, HEADS, 5, WIDTH) for _ in range(2)))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(other) is DynamicLayer
+        other.update(*(torch.zeros(3, HEADS, 1, WIDTH) for _ in range(2)))
+        assert torch.equal(other.keys[:, :, :5], layer.keys) and layer.get_seq_length() == 5
+    assert not copy.deepcopy(BehindLayer(Front(3), 0)).is_initialized
+
+
+def test_with_a_gradient_nothing_is_written_in_place():
+    layer = BehindLayer(Front(3), 0)
+    states = torch.randn(3, HEADS, 2, WIDTH, requires_grad=True)
+    keys, values = layer.update(states, states)
+    assert layer.whole(keys, values) is None
+    keys.sum().backward()
+    assert torch.equal(states.grad, torch.ones_like(states))
+
+
+def test_only_caches_that_grow_by_concatenation_are_adopted(tiny_llama):
+    cache = DynamicCache()
+    adopt(cache, Front(2), 3)
+    assert [type(layer) for layer in cache.layers] == [BehindLayer] * 3
+    static = StaticCache(config=tiny_llama.config, max_cache_len=8)
+    kinds = [type(layer) for layer in static.layers]
+    adopt(static, Front(2), 3)
+    assert [type(layer) for layer in static.layers] == kinds
+    adopt(None, Front(2), 3)
+
+
+def test_a_cache_that_was_filled_before_is_taken_over():
+    cache = DynamicCache()
+    cache.update(*(torch.randn(3, HEADS, 5, WIDTH) for _ in range(2)), 0)
+    old = cache.layers[0].keys
+    adopt(cache, Front(2), 3)
+    assert len(cache.layers) == 1 and torch.equal(cache.layers[0].keys, old)
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_reset_empties_it(length: int):
+    layer = BehindLayer(Front(length), 0)
+    layer.update(*(torch.randn(3, HEADS, 5, WIDTH) for _ in range(2)))
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    keys, _ = layer.update(*(torch.ones(3, HEADS, 2, WIDTH) for _ in range(2)))
+    assert torch.equal(keys, torch.ones(3, HEADS, 2, WIDTH))
