@@ -81,6 +81,11 @@ class Applied:
         """Columns that the stacks take."""
         return max((stack.length for stack in self.rows if stack is not None), default=0)
 
+    @property
+    def depth(self) -> int:
+        """Layers of the model, where a stack stands before any row."""
+        return next((len(stack.layers) for stack in self.rows if stack is not None), 0)
+
     def lengths(self, batch: int) -> list[int]:
         """Of each row of a batch, which may hold several beams of a row."""
         if batch % len(self.rows):
@@ -249,7 +254,7 @@ def _shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     given = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
     assert given is not None
     if past is not None:
-        adopt(past, state.front, module.config.num_hidden_layers)
+        adopt(past, state.front, state.depth)
     positions = kwargs.get("position_ids")
     if positions is None:
         seen = 0 if past is None else past.get_seq_length()

@@ -82,7 +82,7 @@ class BehindLayer(DynamicLayer):
 
 
 def adopt(cache: Any, fronts: Fronts, layers: int) -> None:
-    """Have a cache's layers stand behind a stack; caches of other kinds (static, sliding, quantised) stay as they are."""
+    """Have a cache's layers stand behind a stack; other kinds (static, sliding, quantised) stay as they are."""
     if type(cache) is not DynamicCache or cache.offloading:
         return
     if not cache.layers:
