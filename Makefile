@@ -1,5 +1,6 @@
 # make demo   a judged, packaged toxicity patch for a real model        make test   fast tests, sets itself up
 # make lint   ruff + mypy        make check   lint + every test, slow ones too        make bench   speed, to a JSON
+# make engines   builds llama.cpp for the slow tests that need it (they skip, and say so, without)
 #
 # A GPU: make demo TORCH='torch==2.13.0 --index-url URL' with the index of the build that fits your driver, and
 # ARGS='trainer=gpu'. Anything after ARGS goes to run.py: make demo ARGS='patch.length=10 seed=1'
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(firstword $(shell printf %s "$(TORCH)" | cksum))
 ARGS ?=
 
-.PHONY: demo test lint check bench slow clean
+.PHONY: demo test lint check bench slow engines clean
 
 demo: $(READY)
 	$(BIN)/python run.py name=demo $(ARGS)
@@ -23,6 +24,10 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/pytest -m slow
+
+# llama.cpp, so that the slow tests can serve a patch with an engine that knows nothing of patches.
+engines: $(READY)
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[engines]'
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -36,7 +41,7 @@ $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"policypatch needs Python 3.11 to 3.13, not {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[judges,sweeps,dev]'
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[judges,sweeps,serve,dev]'
 	touch $@
 
 bench: $(READY)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving PATCH [PATCH] [--clients 32] [--seconds 60]
 
-Starts `policypatch serve` for the default base in float32 and asks each request (model x prompt) alone first. Then every
+Starts `policypatch serve` for the default base in float32 and asks each request (model x prompt) alone first. Then each
 client asks one after the other, by the official `openai` client, as fast as it is answered. Writes
 benchmarks/results/serving.json.
 """

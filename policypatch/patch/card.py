@@ -47,23 +47,32 @@ classifiers with errors of their own; a figure by the judge that filtered the tr
 
 ## How to apply
 
-To a transformers model, for `generate`, pipelines and chats:
+1. To your own transformers model, for `generate`, pipelines and chats:
 
-```python
-import policypatch
-policypatch.apply(model, "this/folder", tokenizer=tokenizer)   # policypatch.remove(model) takes it away
-```
+   ```python
+   import policypatch
+   policypatch.apply(model, "this/folder", tokenizer=tokenizer)   # policypatch.remove(model) takes it away
+   ```
 
-By hand:
+2. Behind an OpenAI-compatible server, as the models `base` and `base+{{ m.name }}`:
 
-```python
-import torch
-from policypatch.patch.artifact import load
-vectors = load("this/folder").vectors                     # checks digest and shape
-tokens = model.get_input_embeddings()(input_ids)          # (1, T, {{ m.width }})
-embeds = torch.cat([vectors[None].to(tokens.dtype), tokens], 1)
-model.generate(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]))
-```
+   ```
+   policypatch serve --model BASE --patch this/folder
+   ```
+
+3. By an engine that knows nothing of patches (vLLM, llama.cpp), as words of the base's vocabulary before a prompt:
+
+   ```
+   policypatch export this/folder --to tokens --model BASE --out model        # gguf: a file for llama.cpp
+   ```
+
+4. By PEFT, as prompt tuning:
+
+   ```
+   policypatch export this/folder --to peft --out adapter                     # PeftModel.from_pretrained(model, "adapter")
+   ```
+
+BASE is a folder, a GGUF file or a hub id of **{{ m.base.id }}**; each way but PEFT's refuses another model.
 
 Base fingerprint (embedding matrix): `{{ m.base.embedding }}`. Vectors: `{{ m.sha256 }}`. Made {{ m.created }} with
 policypatch {{ m.packages.get("policypatch", "") }}.

@@ -6,8 +6,10 @@ forward sees them as a slice and nothing is copied; each row's mask and position
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -41,6 +43,8 @@ class _Window(DynamicLayer):
 class Slots:
     """Room for `rows` sequences of up to `context` positions.
 
+    What a row has not read is masked, yet a NaN there would get through (0 x NaN): room begins as zeros and is left so.
+
     Memory: rows x context x layers x key-value heads x head width x 2 numbers; 46 kB a position for the default base in
     float32. The operating system hands it out as it is first written to.
     """
@@ -54,7 +58,12 @@ class Slots:
         self.rows = rows
 
     def _room(self, like: Tensor, rows: int) -> Tensor:
-        return like.new_empty(rows, like.shape[1], self.context, like.shape[3])
+        shape = (rows, like.shape[1], self.context, like.shape[3])
+        if like.device.type != "cpu":
+            return like.new_zeros(shape)
+        # numpy asks the system for pages of zeros, which cost nothing until they are written to; torch writes them.
+        plain = np.zeros(math.prod(shape) * like.element_size(), dtype=np.uint8)
+        return torch.from_numpy(plain).view(like.dtype).view(shape)
 
     @torch.inference_mode()
     def enter(self, prefix: DynamicCache | None, tokens: Sequence[int]) -> Tensor:
@@ -88,11 +97,13 @@ class Slots:
     def leave(self, slot: int) -> int:
         """Give a slot back; the number of the slot that was moved into it (itself, where it was the last)."""
         last = len(self.lengths) - 1
-        if slot != last:
-            length = self.lengths[last]
-            for room in (*self._keys, *self._values):
+        before, length = self.lengths[slot], self.lengths[last]
+        for room in (*self._keys, *self._values):
+            if slot != last:
                 room[slot, :, :length] = room[last, :, :length]
-            self.lengths[slot] = length
+                room[slot, :, length:before] = 0
+            room[last, :, :length] = 0
+        self.lengths[slot] = length
         self.lengths.pop()
         return last
 

@@ -55,3 +55,27 @@ def test_a_prompt_that_fails_leaves_no_slot_behind(slots: Slots):
     with pytest.raises(IndexError):
         slots.enter(None, [10_000])
     assert slots.lengths == []
+
+
+@pytest.mark.parametrize("leaving", [0, 1, 2])
+@torch.no_grad()
+def test_what_nobody_has_read_is_zero(slots: Slots, tiny_llama, leaving: int):
+    """A NaN there would get through a mask: 0 x NaN is NaN."""
+    for prompt in PROMPTS:
+        slots.enter(None, prompt)
+    slots.leave(leaving)
+    for room in (*slots._keys, *slots._values):
+        for row in range(slots.rows):
+            assert not room[row, :, slots.lengths[row] if row < len(slots.lengths) else 0 :].any()
+
+
+@torch.no_grad()
+def test_a_row_of_nan_harms_no_other(slots: Slots, tiny_llama):
+    none = tiny_llama.get_input_embeddings().weight[:0]
+    slots.enter(None, list(range(10, 40)))
+    for room in (*slots._keys, *slots._values):
+        room[0, :, :30] = torch.nan
+    slots.leave(0)
+    slots.enter(None, PROMPTS[0]), slots.enter(None, PROMPTS[2])
+    for logits, tokens in zip(slots.step([60, 61]), ([*PROMPTS[0], 60], [*PROMPTS[2], 61]), strict=True):
+        torch.testing.assert_close(logits, plain_logits(tiny_llama, none, tokens, [0])[0], rtol=1e-4, atol=1e-4)
