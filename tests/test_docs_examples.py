@@ -1,15 +1,18 @@
-"""The examples of docs/patches.md, run as they stand there, in their order."""
+"""The examples of docs/patches.md, and of a patch's card, run as they stand there, in their order."""
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import ROOT, patch_of
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from policypatch.cli import app
+from policypatch.model import applied
 from policypatch.model.base import Base
 from policypatch.patch.artifact import load, save
 
@@ -33,3 +36,21 @@ def test_they_run(tiny_base: Base, tiny_base_folder: Path, tmp_path: Path, monke
             exec(compile(block, "docs/patches.md", "exec"), {})
     assert capsys.readouterr().out == "tox_bias ['tox', 'bias']\n"
     assert torch.equal(load(tmp_path / "both").vectors, load(tmp_path / "both_again").vectors)
+
+
+def test_the_cards_own_run(tiny_base: Base, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    card = (save(patch_of(tiny_base, "tox", 10), tmp_path / "tox") / "README.md").read_text("utf-8")
+    blocks = re.findall(r"```(\w*)\n(.*?)```", card, re.S)
+    assert len(blocks) == 4
+    monkeypatch.chdir(tmp_path)
+    for language, block in blocks:
+        code = textwrap.dedent(block).replace("this/folder", "tox").replace("BASE", str(tiny_base_folder))
+        if language == "python":
+            model = AutoModelForCausalLM.from_pretrained(tiny_base_folder)
+            exec(compile(code, "README.md", "exec"), {"model": model, "tokenizer": tiny_base.tokenizer})
+            assert applied.state_of(model) is not None
+        elif "serve" not in code:
+            _, *arguments = shlex.split(code, comments=True)
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 0, f"{code}: {result.output}"
+    assert {"model", "adapter"} <= {path.name for path in tmp_path.iterdir()}

@@ -69,7 +69,7 @@ classifiers with errors of their own; a figure by the judge that filtered the tr
 4. By PEFT, as prompt tuning:
 
    ```
-   policypatch export this/folder --to peft --out adapter                     # PeftModel.from_pretrained(model, "adapter")
+   policypatch export this/folder --to peft --out adapter      # then PeftModel.from_pretrained(model, "adapter")
    ```
 
 BASE is a folder, a GGUF file or a hub id of **{{ m.base.id }}**; each way but PEFT's refuses another model.

@@ -6,12 +6,8 @@ from importlib.resources import files
 
 import jsonschema
 import pytest
-import torch
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.decode import sample
-from policypatch.model.sampling import Sampling
-from policypatch.patch.artifact import save
 from policypatch.patch.card import model_card
 from policypatch.patch.manifest import FORMAT, BaseIdentity, Manifest, Parent
 
@@ -110,18 +106,3 @@ def test_card_without_figures(make_patch):
     card = model_card(make_patch(scorecard=[]).manifest)
     assert "Nothing was measured" in card
     assert "|" not in card
-
-
-def test_the_cards_own_snippet_runs(make_patch, tiny_llama, tmp_path):
-    patch = make_patch()
-    folder = save(patch, tmp_path / "patch")
-    code = (folder / "README.md").read_text().split("```python\n")[2].split("```")[0]
-    code = code.replace("this/folder", str(folder))
-    # Greedy and endless, to be compared; the snippet leaves both to the reader.
-    tiny_llama.generation_config.eos_token_id = None
-    tiny_llama.generation_config.max_new_tokens = 8
-    code = code.replace("model.generate(", "out = model.generate(do_sample=False, ")
-    scope = {"model": tiny_llama, "input_ids": torch.tensor([[5, 6, 7]])}
-    exec(code, scope)
-    expected = sample(tiny_llama, [[5, 6, 7]], patch.vectors, 1, Sampling(temperature=0, max_new_tokens=8))
-    assert scope["out"].tolist() == expected[0]
