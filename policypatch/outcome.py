@@ -20,7 +20,7 @@ from policypatch.files.cache import counters
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.patch import artifact
-from policypatch.patch.manifest import Manifest
+from policypatch.patch.manifest import Manifest, Parent
 from policypatch.patch.peft_layout import save_peft
 from policypatch.report.costs import cost_sentence
 from policypatch.report.headline import headline
@@ -34,6 +34,7 @@ def package(
     base: Base,
     arm: Arm,
     risk: str,
+    parents: list[Parent],
     pair_set: PairSet,
     scorecard: Scorecard,
     resolved: Any,
@@ -56,6 +57,7 @@ def package(
         sha256=artifact.digest(vectors),
         created=started.isoformat(timespec="seconds"),
         data_sha256=pair_set.sha256,
+        parents=parents,
         training={k: v for k, v in resolved.items() if k != "logger"},
         scorecard=[asdict(row) for row in scorecard],
         packages={name: version(name) for name in PACKAGES},

@@ -81,7 +81,7 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
             if pair_set is not None:
                 job.reads(folder / "pairs.jsonl", pair_set.counts)
                 with clock("package"):
-                    made = (ready.risk.name, pair_set, scorecard, resolved, started)
+                    made = (ready.risk.name, ready.method.parents, pair_set, scorecard, resolved, started)
                     package(cfg, ready.base, arms[-1], *made, folder)
             write_json(folder / "run.json", record(started, clock.seconds, pair_set, arguments))
             write_report(folder)

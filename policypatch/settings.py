@@ -73,7 +73,7 @@ CHOICES = {
     "dpo.decay": ("linear", "cosine", "constant"),
     "dpo.reference": ("teacher", "sft", "base"),
     "kl.rows": ("benign", "all"),
-    "init.kind": ("text", "vocab", "random"),
+    "init.kind": ("text", "vocab", "random", "patch"),
     "logger.kind": ("wandb", "csv"),
     "trainer.accelerator": ("cpu", "gpu"),
 }

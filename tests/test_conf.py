@@ -25,6 +25,7 @@ NEEDED = {  # what an option leaves to the user
     "scorer=hub": ["scorer.name=gpt2", "scorer.source.hub=gpt2"],
     "teacher=hf": ["teacher.model.name=gpt2", "teacher.model.source.hub=gpt2"],
     "risk=custom": ["risk.prompts=mine.jsonl", "risk.judge={pattern: x}"],
+    "init=patch": ["init.folder=older/patch"],
 }
 
 

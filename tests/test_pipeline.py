@@ -1,17 +1,19 @@
 """Whole runs on a tiny base: what a run folder holds, what repeats exactly, what is made once, what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tiny_run import DROP, composed, overrides, without_costs
+from tiny_run import DROP, composed, overrides, patch_of, without_costs
 
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.scorecard import Scorecard
 from policypatch.files.atomic import read_jsonl
 from policypatch.patch import artifact
+from policypatch.patch.manifest import Parent
 from policypatch.pipeline import run
 from policypatch.report.run_report import write_report
 
@@ -172,6 +174,26 @@ def test_every_initialisation_trains(init: str, go, tiny_base, tmp_path: Path):
     assert start.shape == (3, tiny_base.width)
     moved = artifact.load(tmp_path / "run" / "patch").vectors - start
     assert 0 < moved.abs().max() < 1
+
+
+def test_training_goes_on_from_another_patch(go, tiny_base, tmp_path: Path):
+    parent = patch_of(tiny_base, "older", 10, 3, version="1.2.0")
+    artifact.save(parent, tmp_path / "older")
+    go(init="patch", init__folder=tmp_path / "older", dpo__enabled="false", sft__steps=1, evaluate__k=2)
+    made = artifact.load(tmp_path / "run" / "patch")
+    assert made.manifest.parents == [Parent("older", "1.2.0", parent.manifest.sha256)]
+    assert 0 < (made.vectors - parent.vectors).abs().max() < 1
+
+
+def test_a_patch_that_training_cannot_go_on_from_ends_the_run_first(go, tiny_base, tmp_path: Path):
+    artifact.save(patch_of(tiny_base, "older", 10, 4), tmp_path / "older")
+    with pytest.raises(PolicyPatchError, match=r"has 4 vectors and patch\.length is 3: set patch\.length=4"):
+        go(init="patch", init__folder=tmp_path / "older")
+    stranger = replace(tiny_base, identity=replace(tiny_base.identity, weights="0" * 64))
+    artifact.save(patch_of(stranger, "older", 10, 3), tmp_path / "stranger")
+    with pytest.raises(PolicyPatchError, match="differs in weights"):
+        go(init="patch", init__folder=tmp_path / "stranger")
+    assert not (tmp_path / "run" / "pairs.jsonl").exists()
 
 
 def test_lora_goes_through_the_same_stages(go, tiny_base, tmp_path: Path):

@@ -32,6 +32,7 @@ def refusal(*arguments: str, multirun: bool = False) -> str:
         ["model=llama3_8b", "teacher=dataset", "teacher.source=pairs.jsonl"],
         ["init=random", "init.scale=2.0"],
         ["init.text='Be kind, always'"],
+        ["init=patch", "init.folder=older/patch"],
         ["scorer=hub", "scorer.name=gpt2", "scorer.source.hub=gpt2"],
         ["scorer=base", "+scorer.path=/tmp/x"],
         ["+judge@risk.judges.bert=hf"],

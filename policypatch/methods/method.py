@@ -8,6 +8,7 @@ from policypatch.data.teachers import Teacher
 from policypatch.model.arm import Arm
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
+from policypatch.patch.manifest import Parent
 
 
 class Method:
@@ -19,6 +20,7 @@ class Method:
 
     def __init__(self, name: str):
         self.name = name
+        self.parents: list[Parent] = []  # patches that training goes on from
 
 
 class Untrained(Method, ABC):

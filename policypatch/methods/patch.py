@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from policypatch.errors import PolicyPatchError
 from policypatch.methods.method import Trained
 from policypatch.model.arm import Arm
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
 from policypatch.patch import initialise
+from policypatch.patch.artifact import load
+from policypatch.patch.manifest import Parent
 
 
 class PatchMethod(Trained):
@@ -19,18 +22,34 @@ class PatchMethod(Trained):
 
     Args:
         length: vectors.
-        init: what they are before training: `kind` text (and `text`), vocab, or random (and `scale`).
+        init: what they are before training: `kind` text (and `text`), vocab, random (and `scale`), or patch (and
+            `folder`), whose training is then gone on with.
     """
 
     def __init__(self, length: int, init: Mapping[str, Any], name: str = "patch"):
         super().__init__(name)
         self.length, self.init = length, init
 
+    def check(self, base: Base) -> None:
+        """Refuse a patch to go on from that is another base's or of another length."""
+        if self.init["kind"] != "patch":
+            return
+        parent = load(self.init["folder"], base.identity)
+        manifest = parent.manifest
+        if manifest.length != self.length:
+            raise PolicyPatchError(
+                f"{self.init['folder']} has {manifest.length} vectors and patch.length is {self.length}: "
+                f"set patch.length={manifest.length}"
+            )
+        self.parents = [Parent(manifest.name, manifest.version, manifest.sha256)]
+
     def vectors(self, base: Base, seed: int) -> Tensor:
         """(L, D) before training."""
         kind = self.init["kind"]
         if kind == "text":
             return initialise.from_text(base.embedding, base.encode(self.init["text"]), self.length)
+        if kind == "patch":
+            return load(self.init["folder"], base.identity).vectors
         if kind == "vocab":
             return initialise.from_vocab(base.embedding, self.length, seed)
         return initialise.from_random(base.embedding, self.length, seed, self.init["scale"])
