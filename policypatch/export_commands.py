@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -52,7 +53,7 @@ def export(
     allow_mismatch: Annotated[list[str] | None, typer.Option(help="digest of the base that may differ")] = None,
 ) -> None:
     """Write a patch in a form that other software takes."""
-    from policypatch.patch import artifact
+    from policypatch.patch import artifact, signature
 
     if out.exists():
         raise PolicyPatchError(f"{out} exists: choose another --out")
@@ -64,10 +65,15 @@ def export(
             from policypatch.patch.peft_layout import save_peft
 
             save_peft(loaded[0], out)
+            if (patches[0] / signature.SIGNATURE).is_file():  # of the manifest, which goes along as it is
+                shutil.copyfile(patches[0] / signature.SIGNATURE, out / signature.SIGNATURE)
         else:
+            from policypatch.model.base import choose_dtype
             from policypatch.patch.prompt_embeds import save_embeds
 
-            save_embeds(loaded[0], out, "bfloat16" if dtype == "auto" else dtype)
+            save_embeds(
+                loaded[0], out, "bfloat16" if dtype == "auto" else str(choose_dtype(dtype)).removeprefix("torch.")
+            )
         console.print(f"{out}", markup=False)
         return
     if model is None:
@@ -94,6 +100,12 @@ def _say(words: Words, out: Path) -> None:
     console.print(f"{out}", markup=False)
     for name, of in words.of.items():
         console.print(f"  {name}: {of[0]} to {of[-1]}", markup=False)
+    if words.bos is not None:
+        console.print(
+            f"! the tokenizer puts {words.bos} before every text, and words stand before that: where no chat template "
+            f"does it, write words, {words.bos} and text, with add_special_tokens=False",
+            markup=False,
+        )
     if words.likeliest < 1e-6:
         console.print(f"  the model writes none of them: together at most {words.likeliest:.0e} likely", markup=False)
     else:
@@ -112,13 +124,15 @@ def import_(
     risk: Annotated[list[str] | None, typer.Option(help="that it addresses; may be given several times")] = None,
 ) -> None:
     """Make a patch of PEFT's prompt-tuning files: lossless for what `export` wrote, bound to --model for any other."""
-    from policypatch.patch import artifact
+    from policypatch.patch import artifact, signature
     from policypatch.patch.manifest import Manifest
     from policypatch.patch.peft_layout import load_peft
 
     if out.exists():
         raise PolicyPatchError(f"{out} exists: choose another --out")
     vectors, base_name, manifest = load_peft(folder)
+    if manifest is not None and model is not None:
+        artifact.check_base(manifest, base_of(model).identity, (), str(folder))
     if manifest is None:
         if model is None:
             raise PolicyPatchError(
@@ -138,7 +152,9 @@ def import_(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             packages={package: installed(package) for package in ("policypatch", "torch")},
         )
-    told = {"name": name, "version": version, "risks": risk}
-    manifest = replace(manifest, **{key: value for key, value in told.items() if value is not None})  # type: ignore[arg-type]
-    artifact.save(artifact.Patch(vectors, manifest), out)
+    told: dict[str, Any] = {"name": name, "version": version, "risks": risk}
+    told = {key: value for key, value in told.items() if value is not None}
+    artifact.save(artifact.Patch(vectors, replace(manifest, **told)), out)
+    if not told and (folder / signature.SIGNATURE).is_file():
+        shutil.copyfile(folder / signature.SIGNATURE, out / signature.SIGNATURE)
     console.print(f"{out}: {manifest.name} {manifest.version}, {manifest.length} vectors", markup=False)

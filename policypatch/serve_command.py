@@ -29,14 +29,15 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 is any free one", min=0, max=65535)] = 8000,
     name: Annotated[
-        list[str] | None, typer.Option(help="host name that requests may use, beside the loopback's")
+        list[str] | None,
+        typer.Option(help="host that requests may name beside the loopback; any, beyond it, where none is given"),
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="file with the key that requests must bring; needed beyond the loopback")
     ] = None,
     rows: Annotated[int, typer.Option(help="requests answered at once", min=1, max=1024)] = 16,
     waiting: Annotated[int, typer.Option(help="requests that may wait before others get 429", min=1)] = 64,
-    context: Annotated[int | None, typer.Option(help="tokens a request may take; the base's by default", min=2)] = 2048,
+    context: Annotated[int, typer.Option(help="tokens a request may take, where the base has as many", min=2)] = 2048,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     key: Annotated[Path | None, typer.Option(help="public key that must have signed each patch")] = None,
     allow_mismatch: Annotated[list[str] | None, typer.Option(help="digest of the base that may differ")] = None,
@@ -47,8 +48,9 @@ def serve(
     try:
         import uvicorn
 
-        from policypatch.serve.app import LOOPBACK, Served, create_app
+        from policypatch.serve.app import LOOPBACK, create_app
         from policypatch.serve.engine import Engine
+        from policypatch.serve.served import Served
     except ImportError as error:
         raise PolicyPatchError(f"serving needs the package {error.name}: pip install 'policypatch[serve]'") from None
     secret = _secret(api_key_file)

@@ -32,6 +32,20 @@ def test_there_and_back_by_peft_is_the_same_patch(folders, tmp_path: Path):
     assert torch.equal(old.vectors, new.vectors) and old.manifest == new.manifest
 
 
+def test_a_signature_goes_there_and_back(folders, tmp_path: Path):
+    call("keygen", tmp_path / "key"), call("sign", folders[0], "--key", tmp_path / "key")
+    call("export", folders[0], "--to", "peft", "--out", tmp_path / "peft")
+    for name, arguments, signed in (("same", (), 0), ("renamed", ("--name", "other"), 2)):
+        assert call("import", tmp_path / "peft", "--out", tmp_path / name, *arguments).exit_code == 0
+        assert call("verify", tmp_path / name, "--key", tmp_path / "key.pub").exit_code == signed
+
+
+def test_a_model_that_is_not_its_base_is_refused_though_a_manifest_lies_there(folders, tmp_path: Path):
+    call("export", folders[0], "--to", "peft", "--out", tmp_path / "peft")
+    result = call("import", tmp_path / "peft", "--out", tmp_path / "back", "--model", tmp_path)
+    assert result.exit_code == 2 and "config.json" in result.stderr
+
+
 def test_what_peft_trained_becomes_a_patch_of_a_base(tiny_llama, tiny_base: Base, tiny_base_folder, tmp_path: Path):
     model = get_peft_model(tiny_llama, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     model.save_pretrained(tmp_path / "Theirs")
@@ -63,6 +77,7 @@ def test_embeds_come_with_a_client(folders, tmp_path: Path):
         (("--to", "tokens"), "give it as --model"),
         (("--to", "gguf", "--model", "BASE"), "is not a GGUF file"),
         (("--to", "peft", "second"), "takes one patch"),
+        (("--to", "embeds", "--dtype", "colour"), "model.dtype is 'colour'"),
         (("--to", "tokens", "--model", "BASE", "--default", "tux"), "there is no patch 'tux'"),
         (("--to", "tokens", "--model", "BASE", "--allow-mismatch", "colour"), "allow_mismatch names colour"),
     ],

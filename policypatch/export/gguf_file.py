@@ -65,6 +65,7 @@ def export_gguf(source: Path, words: Words, out: Path, default: str = NONE, dequ
         writer = GGUFWriter(
             temporary, str(reader.fields["general.architecture"].contents()), endianess=reader.endianess
         )
+        writer.data_alignment = reader.alignment
         _fields(reader, writer, words, default, len(old))
         for name, data, kind in written:
             writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, kind)
@@ -74,7 +75,20 @@ def export_gguf(source: Path, words: Words, out: Path, default: str = NONE, dequ
         for _, data, _ in written:
             writer.write_tensor_data(data, tensor_endianess=reader.endianess)
         writer.close()
+        _check(temporary, {name: data for name, data, _ in written})
     return out
+
+
+def _check(path: Path, written: dict[str, np.ndarray]) -> None:
+    """Refuse a file that does not read as what was written."""
+    from gguf import GGUFReader
+
+    found = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
+    for name, data in written.items():
+        if name not in found or not np.array_equal(
+            found[name].view(np.uint8), np.ascontiguousarray(data).view(np.uint8)
+        ):
+            raise PolicyPatchError(f"{name} does not read as it was written: this file cannot be extended")
 
 
 def _head(data: np.ndarray, kind: Any, was: Any, words: Words) -> tuple[np.ndarray, Any]:
@@ -95,6 +109,7 @@ def _fields(reader: Any, writer: Any, words: Words, default: str, size: int) -> 
     """Copy the file's settings, the vocabulary with the words."""
     from gguf import GGUFValueType
 
+    templates = 0
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue  # the writer's own
@@ -110,9 +125,11 @@ def _fields(reader: Any, writer: Any, words: Words, default: str, size: int) -> 
             value = [*value, *[0.0] * len(words.all)]
         elif field.name.endswith(".vocab_size"):
             value = size + len(words.all)
-        elif field.name == TEMPLATE:
-            value = with_patches(value, words, default)
+        elif kind == GGUFValueType.STRING and (field.name == TEMPLATE or field.name.startswith(f"{TEMPLATE}.")):
+            value, templates = with_patches(value, words, default), templates + 1
         writer.add_key_value(field.name, value, kind, sub_type=sub)
+    if default != NONE and not templates:
+        raise PolicyPatchError("the file has no chat template that could put words first: leave out --default")
 
 
 def gguf_of(config: DictConfig) -> Path:

@@ -61,6 +61,7 @@ def export_tokens(
     before[NONE] = _logits(base.model, patches[0].vectors[:0])
     chats, size = _chats(base.tokenizer), before[NONE].shape[1]
     ids = _extend_tokenizer(base.tokenizer, words, default, in_text)
+    size = min(size, min(ids))  # where the embedding was padded, the words take the rows that no token had
     _extend_model(base.model, words, ids)
     about = {"base": base.identity.id, "default": default, "in_text": in_text}
     about |= {"highest_logit": words.highest, "highest_probability": words.likeliest}
@@ -77,8 +78,15 @@ def _extend_tokenizer(tokenizer: PreTrainedTokenizerBase, words: Words, default:
     """Add the words, and put the default first; the words' ids."""
     tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in words.all], special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(words.all)
-    if isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = with_patches(tokenizer.chat_template, words, default)
+    templates = tokenizer.chat_template
+    if not templates and default != NONE and not in_text:
+        raise PolicyPatchError(
+            "this base has no chat template to put words first: leave out --default, or say --in-text"
+        )
+    if isinstance(templates, dict):
+        tokenizer.chat_template = {name: with_patches(text, words, default) for name, text in templates.items()}
+    elif templates:
+        tokenizer.chat_template = with_patches(templates, words, default)
     if in_text and default != NONE:
         if not tokenizer.is_fast:
             raise PolicyPatchError(
@@ -106,7 +114,7 @@ def _extend_model(model: PreTrainedModel, words: Words, ids: Sequence[int]) -> N
     head.weight[ids] = words.head.to(head.weight)
     if head.bias is not None:
         head.bias[ids] = 0
-    model.generation_config.suppress_tokens = list(ids)
+    model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or ()), *ids]
 
 
 @torch.no_grad()
@@ -116,7 +124,8 @@ def _logits(model: PreTrainedModel, front: Tensor) -> Tensor:
 
 
 def _chats(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    if not isinstance(tokenizer.chat_template, str):
+    templates = tokenizer.chat_template
+    if not templates or (isinstance(templates, dict) and "default" not in templates):
         return []
     return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in CHATS]
 
@@ -134,7 +143,7 @@ def _check(
         if ids != tokenizer.convert_tokens_to_ids([word for name in names for word in words.of[name]]):
             raise PolicyPatchError(f"the tokenizer does not read the words of {stack} as such: it cannot be extended")
         found = model(torch.tensor([[*ids, *PROBE]], device=model.device)).logits[0, len(ids) : -1, :size].float()
-        worst = ((found - expected.to(found)).abs().max() / expected.std().clamp(min=1e-6)).item()
+        worst = ((found - expected[:, :size].to(found)).abs().max() / expected.std().clamp(min=1e-6)).item()
         if not worst <= (1e-3 if dtype == torch.float32 else 0.2):
             raise PolicyPatchError(
                 f"behind the words of {stack} the exported model's logits differ by {worst:.1e} of their spread from "

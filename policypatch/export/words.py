@@ -37,6 +37,7 @@ class Words:
         head: (D,) what the output head holds for each.
         highest: the highest logit that a word had on text that `head` was not fitted to.
         likeliest: the highest probability that all words had together there.
+        bos: the token that the base's tokenizer puts before every text by itself, None where it does not.
     """
 
     of: dict[str, list[str]]
@@ -44,6 +45,7 @@ class Words:
     head: Tensor
     highest: float
     likeliest: float
+    bos: str | None = None
 
     @property
     def all(self) -> list[str]:
@@ -95,7 +97,9 @@ def words_of(base: Base, patches: Sequence[Patch]) -> Words:
             )
     vectors = torch.cat([patch.vectors for patch in patches]).float()
     head, highest, likeliest = silent_row(base, [patch.vectors for patch in patches], len(vectors))
-    return Words(of, vectors / embedding_scale(base), head, highest, likeliest)
+    first = base.tokenizer("A").input_ids[0]
+    bos = base.tokenizer.bos_token if first == base.tokenizer.bos_token_id else None
+    return Words(of, vectors / embedding_scale(base), head, highest, likeliest, bos)
 
 
 def embedding_scale(base: Base) -> float:
@@ -132,7 +136,7 @@ def silent_row(base: Base, fronts: Sequence[Tensor], number: int) -> tuple[Tenso
     gram = fitted.T @ fitted
     ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     row = (torch.linalg.solve(gram + ridge, fitted.sum(0)) * (LOGIT / unit)).float()
-    logits = _finished(base, others @ row.double())
+    logits = finish_logits(model, others @ row.double())
     if not logits.max() < ENOUGH:
         row, logits = torch.zeros_like(row), torch.zeros_like(logits)
     head = model.get_output_embeddings()
@@ -143,10 +147,6 @@ def silent_row(base: Base, fronts: Sequence[Tensor], number: int) -> tuple[Tenso
         ]
     )
     return row, logits.max().item(), (number * (logits.float() - everything).exp()).max().item()
-
-
-def _finished(base: Base, logits: Tensor) -> Tensor:
-    return finish_logits(base.model, logits)
 
 
 def _states(base: Base, texts: Tensor, front: Tensor | None) -> Tensor:
@@ -173,5 +173,5 @@ def with_patches(template: str, words: Words, default: str) -> str:
         f'{{%- set chosen = patch if patch is defined and patch is not none else "{default}" -%}}'
         f'{{%- if chosen and chosen != "{NONE}" -%}}{{%- for name in chosen.split("+") -%}}'
         '{%- if name not in patch_words -%}{{- raise_exception("there is no patch " + name) -}}{%- endif -%}'
-        "{{- patch_words[name] -}}{%- endfor -%}{%- endif %}" + template
+        "{{- patch_words[name] -}}{%- endfor -%}{%- endif %}\n" + template  # engines drop a line's end behind a block
     )

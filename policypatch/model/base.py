@@ -81,11 +81,16 @@ class Base:
             PolicyPatchError: a chat, and the base has no chat template or one that refuses these messages.
         """
         if form.chat:
-            return self._encode_chat(form.messages(text))
+            return self.encode_messages(form.messages(text))
         ids = self.tokenizer(form.before + text).input_ids
         return ids[:-1] if ids and ids[-1] in self.eos else ids  # some tokenizers end what is to be continued
 
-    def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_messages(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a chat, up to where the response begins.
+
+        Raises:
+            PolicyPatchError: the base has no chat template, or one that refuses these messages.
+        """
         if not self.tokenizer.chat_template:
             raise PolicyPatchError(
                 f"{self.identity.id} has no chat template, and the prompts are requests: "

@@ -54,7 +54,8 @@ class BehindLayer(DynamicLayer):
         # Somebody may have cut, reordered or replaced the tensors, or put another stack in front: begin anew then.
         mine = self._shown is not None and self.keys is self._shown[0] and self.values is self._shown[1]
         same = self._front is not None and self._front[0] is front[0] and self._front[1] is front[1]
-        if not (mine and same) or self._buffers is None or end > self._buffers[0].shape[2]:
+        fixed = self._buffers is not None and self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
+        if not (mine and same) or self._buffers is None or fixed or end > self._buffers[0].shape[2]:
             self._buffers = (
                 _buffer(front[0], self.keys, old, key_states, end),
                 _buffer(front[1], self.values, old, value_states, end),

@@ -80,7 +80,11 @@ def next_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    warm = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
+    warm = logits.float()
+    if sampling.temperature < 1e-3:
+        warm = warm - warm.amax(-1, keepdim=True)  # what would overflow is far below the best, and becomes -inf
+    if sampling.temperature != 1:
+        warm = warm / sampling.temperature
     probabilities = torch.softmax(warm, -1)
     cumulative = probabilities.cumsum(-1)
     # The sum is not exactly 1 in float32: draw within what it is, so that no index falls off the end.
@@ -117,7 +121,7 @@ def _by_sorting(probabilities: Tensor, top_p: float, draw: Tensor) -> Tensor:
     before = ordered.cumsum(-1) - ordered
     tied = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
     before = before.masked_fill(tied, 0).cummax(-1).values  # what stands before the first of equals
-    cumulative = torch.where(before < top_p, ordered, 0).cumsum(-1)
+    cumulative = torch.where(before < max(top_p, 1e-9), ordered, 0).cumsum(-1)  # float32 has less, but rounds it to 0
     points = draw[:, None] * cumulative[:, -1:] * (1 - 1e-6)
     at = torch.searchsorted(cumulative, points.contiguous(), right=True)
     return index.gather(1, at)[:, 0]

@@ -26,6 +26,7 @@ from policypatch.patch.manifest import BaseIdentity, Manifest
 VECTORS, MANIFEST, CARD = "patch.safetensors", "patch.json", "README.md"
 MANIFEST_LIMIT = 16 << 20  # bytes: a scorecard of thousands of rows has less
 FAR, SHORT = 3.0, 1e-3  # of the base's longest and median embedding, beyond which training puts no vector
+BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 TENSOR = "prompt_embeddings"  # the key of PEFT's prompt-tuning files, so that one name serves both
 
 
@@ -89,7 +90,7 @@ def load(
             raise PolicyPatchError(f"{folder} is not a patch: it has no {name}")
     written = read_limited(folder / MANIFEST, MANIFEST_LIMIT)
     manifest = Manifest.from_json(parse_json(written, folder / MANIFEST), str(folder / MANIFEST))
-    _check_header(folder / VECTORS, manifest)
+    check_header(folder / VECTORS, [manifest.length, manifest.width])
     try:
         vectors = load_file(folder / VECTORS)[TENSOR]
     except SafetensorError as error:  # offsets that do not fit, which the header's own check leaves to the reader
@@ -148,8 +149,18 @@ def far_out(vectors: Tensor, embedding: Tensor) -> str | None:
     )
 
 
-def _check_header(path: Path, manifest: Manifest) -> None:
-    """Compare the file's own header with the manifest before any of it is allocated."""
+def check_header(path: Path, expected: list[int], dtypes: Collection[str] = ("F32",), by: str = "its manifest") -> None:
+    """Compare a file's own header with what it should hold, before any of it is allocated.
+
+    Args:
+        path: of a safetensors file.
+        expected: shape of its one matrix.
+        dtypes: that it may have, as safetensors names them.
+        by: what says so.
+
+    Raises:
+        PolicyPatchError: it holds anything else, or its size is not what its header says.
+    """
     size = path.stat().st_size
     with path.open("rb") as f:
         prefix = f.read(8)
@@ -164,10 +175,9 @@ def _check_header(path: Path, manifest: Manifest) -> None:
             raise PolicyPatchError(f"{path} is damaged or holds no tensor {TENSOR!r}") from error
     if set(header) - {TENSOR, "__metadata__"}:
         raise PolicyPatchError(f"{path} holds tensors other than {TENSOR!r}")
-    expected = [manifest.length, manifest.width]
-    if shape != expected or dtype != "F32":
-        raise PolicyPatchError(f"{path} holds {dtype} {shape} but its manifest says F32 {expected}")
-    if size != 8 + length + 4 * manifest.length * manifest.width:
+    if shape != expected or dtype not in dtypes:
+        raise PolicyPatchError(f"{path} holds {dtype} {shape} but {by} says {' or '.join(dtypes)} {expected}")
+    if size != 8 + length + BYTES[dtype] * expected[0] * expected[1]:
         raise PolicyPatchError(f"{path} has {size} bytes, which is not what its header says: it is damaged")
 
 

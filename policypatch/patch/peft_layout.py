@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from policypatch.errors import PolicyPatchError
-from policypatch.files.atomic import atomic_folder, parse_json, read_json, read_limited, write_json
-from policypatch.patch.artifact import MANIFEST, MANIFEST_LIMIT, TENSOR, Patch
+from policypatch.files.atomic import atomic_folder, parse_json, read_limited, write_json
+from policypatch.patch.artifact import BYTES, MANIFEST, MANIFEST_LIMIT, TENSOR, Patch, check_header
 from policypatch.patch.manifest import Manifest
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -59,18 +59,20 @@ def load_peft(folder: Path) -> tuple[Tensor, str | None, Manifest | None]:
     for name in (ADAPTER, CONFIG):
         if not (folder / name).is_file():
             raise PolicyPatchError(f"{folder} is no PEFT adapter: it has no {name}")
-    config = read_json(folder / CONFIG)
+    config = parse_json(read_limited(folder / CONFIG, MANIFEST_LIMIT), folder / CONFIG)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "PROMPT_TUNING":
         raise PolicyPatchError(
             f"{folder / CONFIG}: peft_type is {kind!r}: only PROMPT_TUNING is vectors before the input"
         )
+    shape = [config.get("num_virtual_tokens"), config.get("token_dim")]
+    if not all(isinstance(size, int) and 0 < size < 1 << 31 for size in shape):
+        raise PolicyPatchError(f"{folder / CONFIG}: num_virtual_tokens and token_dim are {shape}: expected two sizes")
+    check_header(folder / ADAPTER, shape, tuple(BYTES), CONFIG)
     try:
         tensors = load_file(folder / ADAPTER)
     except SafetensorError as error:
         raise PolicyPatchError(f"{folder / ADAPTER} is damaged: {error}") from error
-    if list(tensors) != [TENSOR] or tensors[TENSOR].dim() != 2:
-        raise PolicyPatchError(f"{folder / ADAPTER} holds {sorted(tensors)}: expected one matrix {TENSOR!r}")
     manifest = None
     if (folder / MANIFEST).is_file():
         written = parse_json(read_limited(folder / MANIFEST, MANIFEST_LIMIT), folder / MANIFEST)

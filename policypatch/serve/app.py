@@ -5,26 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from policypatch.errors import PolicyPatchError
-from policypatch.model.sampling import Sampling
-from policypatch.patch.manifest import Manifest
-from policypatch.serve.engine import BusyError, Engine, Job
-from policypatch.serve.metrics import Metrics
+from policypatch.serve.engine import Job
 from policypatch.serve.protocol import Answer, Asked, ChatAsked, CompletionAsked, RefusedError, read
+from policypatch.serve.served import Served
 
 BODY_LIMIT = 1 << 20  # bytes
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
-PLAIN = "base"  # the model without a patch
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -36,103 +32,6 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-
-
-class Served:
-    """What one server serves.
-
-    Args:
-        engine: that answers.
-        manifests: of its patches, by name.
-        key: that requests must bring as a bearer token; None asks for none.
-    """
-
-    def __init__(self, engine: Engine, manifests: Mapping[str, Manifest], key: str | None = None):
-        self.engine, self.manifests, self.key = engine, manifests, key
-        self.metrics = Metrics(engine)
-
-    def stack(self, model: str) -> tuple[str, ...]:
-        """The patches that a model's name asks for: base, base+tox, base+tox+bias.
-
-        Raises:
-            RefusedError: no such model.
-        """
-        first, *names = model.split("+")
-        if first != PLAIN or any(name not in self.engine.patches for name in names):
-            known = ", ".join([PLAIN, *(f"{PLAIN}+{name}" for name in self.engine.patches)])
-            raise RefusedError(
-                f"there is no model {model[:100]!r}: choose from {known}, or join patches by +",
-                404,
-                "model_not_found",
-                "model",
-            )
-        return tuple(names)
-
-    def models(self) -> list[str]:
-        """The base, with each patch, and with all of them."""
-        names = list(self.engine.patches)
-        return [PLAIN, *(f"{PLAIN}+{name}" for name in names)] + (["+".join([PLAIN, *names])] if len(names) > 1 else [])
-
-    def job(self, asked: ChatAsked | CompletionAsked) -> Job:
-        """What the engine is to do.
-
-        Raises:
-            RefusedError: a model that is not there, or a prompt that does not fit.
-        """
-        stack, base = self.stack(asked.model), self.engine.base
-        try:
-            if isinstance(asked, ChatAsked):
-                messages = [message.plain() for message in asked.messages]
-                if not base.tokenizer.chat_template:
-                    raise RefusedError("this base has no chat template: use /v1/completions")
-                text = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-                prompt = base.encode(text)
-            else:
-                prompt = base.encode_prompt(asked.text)
-            most = self.engine.check(prompt, stack, asked.most)
-        except TemplateError as error:
-            raise RefusedError(f"the base's chat template refuses these messages: {error}", key="messages") from None
-        except PolicyPatchError as error:
-            if isinstance(error, RefusedError):
-                raise
-            raise RefusedError(str(error), code="context_length_exceeded") from None
-        sampling = Sampling(
-            temperature=1.0 if asked.temperature is None else asked.temperature,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            max_new_tokens=most,
-        )
-        return Job(prompt, stack, sampling, secrets.randbits(63) if asked.seed is None else asked.seed, asked.stop)
-
-    async def run(self, job: Job) -> AsyncIterator[tuple[str, str | None]]:
-        """Pieces of the answer as they come; the last has the reason why it ended.
-
-        Raises:
-            RefusedError: too many wait already, or the engine failed.
-        """
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[str, str | None]]()
-
-        def tell(text: str, why: str | None) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(pieces.put_nowait, (text, why))
-
-        job.tell = tell
-        try:
-            self.engine.submit(job)
-        except BusyError as error:
-            raise RefusedError(str(error), 429, "server_busy") from None
-        try:
-            while True:
-                text, why = await pieces.get()
-                if why == "error":
-                    raise RefusedError("the model failed on this request; the server's log says more", 500, "failed")
-                if why == "cancelled":
-                    raise RefusedError("the server is stopping", 503, "stopping")
-                yield text, why
-                if why is not None:
-                    self.metrics.answered(job)
-                    return
-        finally:
-            job.cancelled = True  # of no effect on one that has ended
 
 
 def create_app(served: Served, hosts: list[str] | None = None) -> FastAPI:
@@ -158,10 +57,15 @@ def create_app(served: Served, hosts: list[str] | None = None) -> FastAPI:
         served.metrics.refused(error.status)
         return JSONResponse(error.body(), error.status, {"retry-after": "1"} if error.status == 429 else None)
 
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> JSONResponse:
+        return await refused(request, RefusedError(str(error.detail), error.status_code, "not_found"))
+
     @app.get("/health")
-    async def health() -> dict[str, Any]:
+    async def health() -> JSONResponse:
         engine = served.engine
-        return {"status": "ok", "running": len(engine.running), "waiting": len(engine.queue)}
+        told = {"status": "ok" if engine.alive else "failed", "running": len(engine.running)}
+        return JSONResponse(told | {"waiting": len(engine.queue)}, 200 if engine.alive else 503)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> PlainTextResponse:
@@ -171,8 +75,13 @@ def create_app(served: Served, hosts: list[str] | None = None) -> FastAPI:
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         _authorise(served, request)
-        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "policypatch"} for name in served.models()]
-        return {"object": "list", "data": listed}
+        return {"object": "list", "data": [_model(name) for name in served.models()]}
+
+    @app.get("/v1/models/{name}")
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        _authorise(served, request)
+        served.stack(name)
+        return _model(name)
 
     @app.get("/patches")
     async def patches(request: Request) -> dict[str, Any]:
@@ -194,6 +103,10 @@ def create_app(served: Served, hosts: list[str] | None = None) -> FastAPI:
     for path, (name, kind) in PAGE.items():
         _page(app, path, name, kind)
     return app
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "policypatch"}
 
 
 def _page(app: FastAPI, path: str, name: str, kind: str) -> None:
@@ -232,17 +145,17 @@ async def _answer(served: Served, request: Request, kind: type[Asked]) -> Respon
     asked = read(kind, await _body(request))
     job = await asyncio.to_thread(served.job, asked)
     answer, pieces = Answer(asked.model, kind is ChatAsked), served.run(job)
-    if asked.stream:
-        first = await anext(pieces)  # a refusal still has a status of its own here
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return StreamingResponse(_streamed(job, answer, first, pieces, usage), media_type="text/event-stream")
     text, ended = "", ""
     watched = asyncio.create_task(_gone(request, job))
     try:
+        if asked.stream:
+            first = await anext(pieces)  # a refusal still has a status of its own here
+            usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return StreamingResponse(_streamed(job, answer, first, pieces, usage), media_type="text/event-stream")
         async for piece, why in pieces:
             text, ended = text + piece, why or ended
     finally:
-        watched.cancel()
+        watched.cancel()  # whether a stream is still read, its response sees
     return JSONResponse(answer.whole(text, ended, _usage(job)))
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import sliding_window
@@ -26,7 +26,8 @@ from policypatch.serve.slots import Slots, prefix_cache
 from policypatch.serve.text import Writer
 
 log = logging.getLogger(__name__)
-KEPT = 64  # stacks whose keys and values are kept
+KEPT = 2  # times the context: positions of stacks whose keys and values are kept
+AT_ONCE = 512  # tokens of prompts that are read in a round, by which the others' next token is late
 
 
 class BusyError(PolicyPatchError):
@@ -86,15 +87,15 @@ class Engine:
         context: int | None = None,
         waiting: int = 64,
     ):
-        limits = [limit for limit in (base.context, sliding_window(base.model), context) if limit is not None]
+        known = (base.context, sliding_window(base.model), _one_rope(base.model), context)
+        limits = [limit for limit in known if limit is not None]
         self.base, self.patches, self.context, self.waiting = base, dict(patches), min(limits, default=4096), waiting
         self.slots = Slots(base.model, rows, self.context)
         self.queue: deque[Job] = deque()
         self.running: list[_Running] = []
-        self.tokens_written = 0
         self._prefixes: dict[tuple[str, ...], DynamicCache] = {}
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._abandoned = False
         self._thread: threading.Thread | None = None
 
     def check(self, prompt: Sequence[int], stack: Sequence[str], most: int | None) -> int:
@@ -127,12 +128,30 @@ class Engine:
             BusyError: as many wait as may, or the engine is stopping.
         """
         with self._wake:
-            if self._stopping:
-                raise BusyError("the server is stopping")
+            if self._stopping or not self.alive:
+                raise BusyError("the server is stopping" if self._stopping else "the server has failed: restart it")
+            for gone in [waiting for waiting in self.queue if waiting.cancelled]:
+                self.queue.remove(gone)
+                self._tell(gone, "", "cancelled")
             if len(self.queue) >= self.waiting:
                 raise BusyError(f"{len(self.queue)} requests are waiting: try again in a moment")
             self.queue.append(job)
             self._wake.notify()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._stopping
+
+    @property
+    def full(self) -> bool:
+        """Whether as many wait as may."""
+        return sum(not job.cancelled for job in list(self.queue)) >= self.waiting
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered, or will be once it is started."""
+        return self._thread is None or self._thread.is_alive()
 
     def start(self) -> None:
         """Answer requests in a thread, until `stop`."""
@@ -146,9 +165,7 @@ class Engine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join(patience)
-            with self._wake:
-                for job in [*self.queue, *(row.job for row in self.running)]:
-                    job.cancelled = True
+            self._abandoned = True  # the thread sees to the rest, which is its own
             self._thread.join(patience)
 
     def _work(self) -> None:
@@ -162,36 +179,43 @@ class Engine:
                 self.round()
             except Exception:  # whatever it was, its requests are told and the others go on
                 log.exception("a round failed; %d requests end", len(self.running))
-                for slot in reversed(range(len(self.running))):
-                    self._end(slot, "error")
+                while self.running:
+                    self._end(len(self.running) - 1, "error")
 
     def round(self) -> None:
         """Let requests in, and write one token for each that is there."""
-        while self.queue and len(self.running) < self.slots.rows:
+        read = 0  # tokens of prompts: those who are being answered wait for these
+        while self.queue and len(self.running) < self.slots.rows and (read < AT_ONCE or not self.running):
             with self._wake:
                 job = self.queue.popleft()
-            if job.cancelled:
-                job.tell("", "cancelled")
+            if job.cancelled or self._abandoned:
+                self._tell(job, "", "cancelled")
                 continue
-            try:
-                self._enter(job)
-            except Exception:
-                log.exception("a request could not be read")
-                job.tell("", "error")
+            read += len(job.prompt)
+            self._enter(job)
         for slot in reversed(range(len(self.running))):
-            if self.running[slot].job.cancelled:
+            if self.running[slot].job.cancelled or self._abandoned:
                 self._end(slot, "cancelled")
         if self.running:
             self._written(range(len(self.running)), self.slots.step([row.job.written[-1] for row in self.running]))
 
     def _enter(self, job: Job) -> None:
-        logits = self.slots.enter(self._prefix(job.stack), job.prompt)
-        draws = uniforms(
-            job.seed, [row_key(job.prompt, 0)], job.sampling.max_new_tokens if job.sampling.temperature else 0
-        )[0]
-        self.running.append(_Running(job, Writer(self.base, job.prompt, job.stop), draws))
-        job.first = time.monotonic()
-        self._written([len(self.running) - 1], logits[None])
+        """Read a request's prompt and write its first token; what fails, fails alone."""
+        entered = len(self.running)
+        try:
+            steps = job.sampling.max_new_tokens if job.sampling.temperature else 0
+            draws = uniforms(job.seed, [row_key(job.prompt, 0)], steps)[0]
+            running = _Running(job, Writer(self.base, job.prompt, job.stop), draws)
+            logits = self.slots.enter(self._prefix(job.stack), job.prompt)
+            self.running.append(running)
+            job.first = time.monotonic()
+            self._written([entered], logits[None])
+        except Exception:
+            log.exception("a request could not be read")
+            if len(self.running) > entered:
+                self._end(entered, "error")
+            else:
+                self._tell(job, "", "error")
 
     def _prefix(self, stack: tuple[str, ...]) -> DynamicCache | None:
         """Keys and values of a stack, computed when it is first asked for; those asked for long ago are dropped."""
@@ -201,7 +225,7 @@ class Engine:
         if known is None:
             known = prefix_cache(self.base.model, torch.cat([self.patches[name] for name in stack]))
         self._prefixes[stack] = known
-        while len(self._prefixes) > KEPT:
+        while len(self._prefixes) > 1 and sum(map(_length, self._prefixes.values())) > KEPT * self.context:
             del self._prefixes[next(iter(self._prefixes))]
         return known
 
@@ -215,16 +239,15 @@ class Engine:
                 ended.append((slot, "stop"))
                 continue
             job.written.append(token)
-            self.tokens_written += 1
             text = running.writer.add(token)
             if running.writer.stopped:
-                job.tell(text, None)
+                self._tell(job, text)
                 ended.append((slot, "stop"))
             elif len(job.written) == job.sampling.max_new_tokens:
-                job.tell(text, None)
+                self._tell(job, text)
                 ended.append((slot, "length"))
             elif text:
-                job.tell(text, None)
+                self._tell(job, text)
         for slot, why in reversed(ended):
             self._end(slot, why)
 
@@ -250,4 +273,31 @@ class Engine:
         last = self.running.pop()
         if last is not running:
             self.running[slot] = last
-        running.job.tell("" if why in ("cancelled", "error") else running.writer.rest(), why)
+        text = "" if why in ("cancelled", "error") else running.writer.rest()
+        if running.writer.stopped:
+            why = "stop"
+        self._tell(running.job, text, why)
+
+    def _tell(self, job: Job, text: str, why: str | None = None) -> None:
+        """Whoever asked may be gone in any way; that ends nothing here."""
+        try:
+            job.tell(text, why)
+        except Exception:
+            log.exception("an answer could not be handed over")
+            job.cancelled = True
+
+
+def _length(prefix: DynamicCache) -> int:
+    return int(prefix.get_seq_length())
+
+
+def _one_rope(model: PreTrainedModel) -> int | None:
+    """How far positions go before a model's rotary frequencies depend on the longest row of a batch; None: never.
+
+    Beyond, a request's answer would depend on who else is there.
+    """
+    rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) not in ("longrope", "dynamic"):
+        return None
+    own = getattr(model.config, "original_max_position_embeddings", None)
+    return rope.get("original_max_position_embeddings") or own or model.config.max_position_embeddings

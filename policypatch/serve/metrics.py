@@ -22,11 +22,11 @@ class Metrics:
         gauges = {
             "running": ("requests that are being answered", lambda: len(engine.running)),
             "waiting": ("requests that wait for a slot", lambda: len(engine.queue)),
-            "tokens_written": ("tokens written since the start", lambda: engine.tokens_written),
         }
         for name, (about, value) in gauges.items():
             Gauge(f"policypatch_{name}", about, registry=self._registry).set_function(value)
         self._answered = Counter("policypatch_answered", "requests answered", ["stack"], registry=self._registry)
+        self._tokens = Counter("policypatch_tokens", "tokens of these answers", registry=self._registry)
         self._refused = Counter("policypatch_refused", "requests refused", ["status"], registry=self._registry)
         self._first = Histogram(
             "policypatch_first_token_seconds",
@@ -38,6 +38,7 @@ class Metrics:
     def answered(self, job: Job) -> None:
         """Count an answer."""
         self._answered.labels("+".join(("base", *job.stack))).inc()
+        self._tokens.inc(len(job.written))
         if job.first is not None:
             self._first.observe(job.first - job.since)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from itertools import takewhile
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +25,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
 }
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 Text = Annotated[str, Field(max_length=1 << 20)]
@@ -69,12 +71,11 @@ class Asked(BaseModel):
             raise ValueError("the body is not an object")
         for key, values in NEUTRAL.items():
             if key in data and data[key] not in values:
-                raise ValueError(f"{key}={str(data[key])[:40]} is not supported: leave it out")
-        kept = {key: value for key, value in data.items() if key not in IGNORED and key not in NEUTRAL}
+                raise ValueError(f"{key}={ascii(data[key])[:40]} is not supported: leave it out")
+        gone = {*IGNORED, *NEUTRAL}
+        kept = {key: value for key, value in data.items() if key not in gone and value is not None}
         if isinstance(kept.get("stop"), str):
             kept["stop"] = [kept["stop"]]
-        elif kept.get("stop", ()) is None:
-            del kept["stop"]
         return kept
 
 
@@ -91,11 +92,12 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Text | list[Part] | None = None
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -114,7 +116,7 @@ class ChatAsked(Asked):
 class CompletionAsked(Asked):
     """`POST /v1/completions`."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)] | list[Annotated[int, Field(ge=0)]]
 
     @property
     def most(self) -> int | None:
@@ -122,9 +124,11 @@ class CompletionAsked(Asked):
         return 16 if self.max_tokens is None else self.max_tokens
 
     @property
-    def text(self) -> str:
-        """What is continued."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    def start(self) -> str | list[int]:
+        """What is continued: text, or token ids as they are."""
+        if isinstance(self.prompt, list) and len(self.prompt) == 1 and isinstance(self.prompt[0], str):
+            return self.prompt[0]
+        return self.prompt  # type: ignore[return-value]
 
 
 def read(kind: type[Asked], body: Any) -> Any:
@@ -137,7 +141,8 @@ def read(kind: type[Asked], body: Any) -> Any:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or None
+        # The branches of a union are pydantic's own names and nothing that a user wrote.
+        key = ".".join(takewhile(lambda part: part.replace("_", "").isalnum(), map(str, first["loc"]))) or None
         said = first["msg"].removeprefix("Value error, ")
         raise RefusedError(f"{key}: {said}" if key else said, key=key) from None
 

@@ -82,17 +82,22 @@ class Slots:
             for keys, values, layer in zip(self._keys, self._values, prefix.layers, strict=True):
                 keys[slot, :, :length], values[slot, :, :length] = layer.keys[0], layer.values[0]
         self.lengths.append(length)
-        ids = torch.tensor([list(tokens)], device=self.model.device)
         try:
+            ids = torch.tensor([list(tokens)], device=self.model.device)
             return self._forward(slot, slot + 1, ids)[0]
         except BaseException:
-            self.lengths.pop()
+            self.lengths[slot] = min(length + len(tokens), self.context)  # some of it may have been written
+            self.leave(slot)
             raise
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read one token a slot; logits (B, V) float32 of the next ones."""
-        return self._forward(0, len(self.lengths), torch.tensor(tokens, device=self.model.device)[:, None])
+        try:
+            return self._forward(0, len(self.lengths), torch.tensor(tokens, device=self.model.device)[:, None])
+        except BaseException:
+            self.lengths = [min(length + 1, self.context) for length in self.lengths]  # for `leave` to clear
+            raise
 
     def leave(self, slot: int) -> int:
         """Give a slot back; the number of the slot that was moved into it (itself, where it was the last)."""

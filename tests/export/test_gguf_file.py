@@ -17,7 +17,7 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 Q8, F32, F16 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32, GGMLQuantizationType.F16
 
 
-def write(path: Path, kind: GGMLQuantizationType, tied: bool) -> Path:
+def write(path: Path, kind: GGMLQuantizationType, tied: bool, template: str | None = TEMPLATE, align: int = 32) -> Path:
     """A base that no engine could run, of the parts that are read."""
     rng = np.random.default_rng(0)
     writer = GGUFWriter(path, "llama")
@@ -25,7 +25,10 @@ def write(path: Path, kind: GGMLQuantizationType, tied: bool) -> Path:
     writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
     writer.add_token_types([1] * VOCABULARY)
     writer.add_token_merges(["a b", "b c"])
-    writer.add_chat_template(TEMPLATE)
+    if template is not None:
+        writer.add_chat_template(template)
+    if align != 32:
+        writer.add_custom_alignment(align)
     names = ["token_embd.weight", "blk.0.attn_q.weight", *([] if tied else ["output.weight"])]
     for name in names:
         data = rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
@@ -93,4 +96,21 @@ def test_what_is_not_the_base_is_refused(words: Words, tmp_path: Path):
     other = Words(words.of, torch.zeros(3, 32), torch.zeros(32), 0.0, 0.0)
     with pytest.raises(PolicyPatchError, match="no embedding of width 32"):
         export_gguf(write(tmp_path / "base.gguf", Q8, True), other, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_file_with_an_alignment_of_its_own_keeps_it(words: Words, tmp_path: Path):
+    source = write(tmp_path / "base.gguf", Q8, True, align=128)
+    new = GGUFReader(export_gguf(source, words, tmp_path / "out.gguf"))
+    assert new.alignment == 128
+    old = {tensor.name: tensor.data for tensor in GGUFReader(source).tensors}
+    found = {tensor.name: tensor.data for tensor in new.tensors}
+    assert np.array_equal(found["blk.0.attn_q.weight"], old["blk.0.attn_q.weight"])
+
+
+def test_a_default_needs_a_template(words: Words, tmp_path: Path):
+    source = write(tmp_path / "base.gguf", Q8, True, template=None)
+    assert export_gguf(source, words, tmp_path / "plain.gguf").is_file()
+    with pytest.raises(PolicyPatchError, match="no chat template"):
+        export_gguf(source, words, tmp_path / "out.gguf", default="tox")
     assert not (tmp_path / "out.gguf").exists()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from policypatch.errors import PolicyPatchError
 from policypatch.export.model_folder import ABOUT, export_tokens
 from policypatch.model.backbone import plain_logits
-from policypatch.model.base import Base, load_base
+from policypatch.model.base import Base, identify, load_base
 
 PROMPT, COMPLETION = [5, 6, 7, 20], [8, 9, 4]
 
@@ -97,3 +97,51 @@ def test_a_patch_of_another_base_and_an_unknown_default_write_nothing(
     with pytest.raises(PolicyPatchError, match="there is no patch 'tux'"):
         export_tokens(fresh(tiny_base_folder), [patch_of(tiny_base, "tox", 10)], tmp_path / "out", default="tux")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rows", [302, 320])
+@torch.no_grad()
+def test_the_words_take_the_rows_of_a_padded_embedding(
+    tiny_base: Base, tiny_base_folder: Path, tmp_path: Path, rows: int
+):
+    base = fresh(tiny_base_folder)
+    base.model.resize_token_embeddings(rows, mean_resizing=False)
+    base = _identified(base)
+    export_tokens(base, [patch_of(base, "tox", 10, 5)], tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size == max(rows, 305)
+    ours = model(torch.tensor([[300, 301, 302, 303, 304, *PROMPT, *COMPLETION]])).logits[0, -4:-1, :300]
+    expected = plain_logits(tiny_base.model, tiny_base.embedding[10:15], PROMPT, COMPLETION)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_one_of_several_templates_gets_the_default(tiny_base_folder: Path, tmp_path: Path):
+    base = fresh(tiny_base_folder)
+    base.tokenizer.chat_template = dict.fromkeys(("default", "tool_use"), base.tokenizer.chat_template)
+    base = _identified(base)
+    export_tokens(base, [patch_of(base, "tox", 10, 3)], tmp_path / "out", default="tox")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for name in ("default", "tool_use"):
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=name)["input_ids"]
+        assert ids[:3] == [300, 301, 302]
+
+
+def test_a_default_that_nothing_would_put_first_is_refused(tiny_base_folder: Path, tmp_path: Path):
+    base = fresh(tiny_base_folder)
+    base.tokenizer.chat_template = None
+    base = _identified(base)
+    with pytest.raises(PolicyPatchError, match="no chat template to put words first"):
+        export_tokens(base, [patch_of(base, "tox", 10, 3)], tmp_path / "out", default="tox")
+
+
+def test_what_the_base_suppresses_it_goes_on_to_suppress(tiny_base_folder: Path, tmp_path: Path):
+    base = fresh(tiny_base_folder)
+    base.model.generation_config.suppress_tokens = [7]
+    export_tokens(base, [patch_of(base, "tox", 10, 2)], tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.suppress_tokens == [7, 300, 301]
+
+
+def _identified(base: Base) -> Base:
+    """With the identity that it has now."""
+    return Base(base.model, base.tokenizer, identify(base.model, base.tokenizer, "changed", "local"))

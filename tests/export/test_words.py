@@ -67,3 +67,10 @@ def test_where_they_have_none_it_is_zero_and_that_is_told(words: Words):
     """The tiny base is random: nothing is common to its states."""
     assert not words.head.any() and words.highest == 0
     assert 1e-4 < words.likeliest < 1
+
+
+@pytest.mark.parametrize("start", ["\n", "  {% set x = 1 %}\n", "{# a #}\n\n", " a"])
+def test_a_template_goes_on_as_before_however_it_begins(words: Words, tiny_tokenizer, start: str):
+    template = start + tiny_tokenizer.chat_template
+    ours = chat(with_patches(template, words, "none"), tiny_tokenizer, patch="bias")
+    assert ours == words.text("bias") + chat(template, tiny_tokenizer)

@@ -106,6 +106,14 @@ def test_with_a_gradient_nothing_is_written_in_place():
     assert torch.equal(states.grad, torch.ones_like(states))
 
 
+def test_what_was_begun_in_inference_mode_goes_on_outside_of_it():
+    layer = BehindLayer(Front(3), 0)
+    with torch.inference_mode():
+        layer.update(*(torch.randn(3, HEADS, 2, WIDTH) for _ in range(2)))
+    keys, values = layer.update(*(torch.ones(3, HEADS, 1, WIDTH) for _ in range(2)))
+    assert layer.whole(keys, values)[0].shape[2] == 6 and keys[:, :, 2].eq(1).all()
+
+
 def test_only_caches_that_grow_by_concatenation_are_adopted(tiny_llama):
     cache = DynamicCache()
     adopt(cache, Front(2), 3)

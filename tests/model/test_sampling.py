@@ -101,3 +101,10 @@ def test_uniforms_are_uniform():
     for part in (values[..., :DRAWS], values[..., DRAWS]):
         counts = torch.histc(part.flatten(), 20, 0, 1)
         assert chisquare(counts).pvalue > 1e-3
+
+
+def test_settings_at_the_edge_of_float32_are_the_most_probable_token():
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 20
+    draws = uniforms(0, list(range(5)), 1)[:, 0]
+    for sampling in (Sampling(1e-40, 1.0), Sampling(1e-5, 0.9), Sampling(1.0, 1e-300), Sampling(1.0, 1e-12)):
+        assert torch.equal(next_tokens(logits, sampling, draws), logits.argmax(-1))

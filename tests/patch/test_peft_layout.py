@@ -72,6 +72,12 @@ def test_what_peft_itself_trained_is_read(tiny_llama, tmp_path: Path):
         ("adapter_config.json", b'{"peft_type": "LORA"}', "peft_type is 'LORA'"),
         ("adapter_config.json", b"[]", "peft_type is None"),
         ("adapter_config.json", None, "has no adapter_config.json"),
+        ("adapter_config.json", b'{"peft_type": "PROMPT_TUNING"}', "num_virtual_tokens and token_dim are"),
+        (
+            "adapter_config.json",
+            b'{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "token_dim": 64}',
+            "says F32",
+        ),
         ("adapter_model.safetensors", b"?", "is damaged"),
         ("adapter_model.safetensors", None, "has no adapter_model.safetensors"),
     ],

@@ -140,3 +140,92 @@ def test_stopping_gives_up_what_takes_too_long(engine: Engine):
     engine.stop(patience=0.01)
     assert all(each.tell.ended.wait(10) for each in endless)
     assert {each.tell.why for each in endless} <= {"cancelled", "stop", "length"}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, 1e-300, 6), Sampling(1e-40, 1.0, 6)])
+def test_settings_at_the_edge_of_float32_harm_nobody(engine: Engine, alone, sampling: Sampling):
+    odd, good = job(1, sampling=sampling), job(2)
+    answered(engine, [odd, good])
+    assert odd.written == alone(replace(odd, sampling=replace(sampling, temperature=0.0)))
+    assert good.written == alone(good)
+
+
+@pytest.mark.parametrize("part", ["uniforms", "Writer", "next_tokens"])
+def test_whatever_fails_on_entering_leaves_no_slot_behind(engine: Engine, alone, part: str, monkeypatch):
+    going = job(2)
+    engine.submit(going)
+    engine.round()
+    with monkeypatch.context() as patched:
+        patched.setattr(f"policypatch.serve.engine.{part}", None)
+        bad = job(1)
+        engine.submit(bad)
+        try:
+            engine.round()
+        except TypeError:  # where the step for all fails as well, the thread would end them
+            assert part == "next_tokens"
+    assert bad.tell.why == "error"
+    assert len(engine.slots.lengths) == len(engine.running) == 1
+    if part != "next_tokens":
+        after = job(3)
+        answered(engine, [after])
+        assert going.written == alone(going) and after.written == alone(after)
+
+
+def test_short_requests_do_not_keep_the_others_waiting(engine: Engine):
+    engine.waiting = 2000
+    going = job(2, sampling=Sampling(0.0, 1.0, 50))
+    engine.submit(going)
+    engine.round()
+    for i in range(1000):
+        engine.submit(job(i, sampling=Sampling(0.0, 1.0, 1)))
+    engine.round()
+    assert 300 < len(engine.queue) < 1000 and len(going.written) == 3
+
+
+def test_those_who_hung_up_do_not_fill_the_queue(engine: Engine):
+    waiting = [job(i) for i in range(8)]
+    for each in waiting:
+        engine.submit(each)
+    assert engine.full
+    for each in waiting[2:]:
+        each.cancelled = True
+    assert not engine.full
+    engine.submit(job(9))
+    assert len(engine.queue) == 3 and {each.tell.why for each in waiting[2:]} == {"cancelled"}
+
+
+def test_someone_who_cannot_be_told_ends_nothing(engine: Engine, alone):
+    def gone(text: str, why: str | None) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    bad, good = job(1), job(2)
+    bad.tell = gone
+    answered(engine, [bad, good])
+    assert good.written == alone(good)
+
+
+def test_a_thread_that_died_is_known(engine: Engine, monkeypatch):
+    monkeypatch.setattr(engine, "_work", lambda: None)
+    engine.start()
+    engine._thread.join()
+    assert not engine.alive
+    with pytest.raises(BusyError, match="has failed"):
+        engine.submit(job())
+
+
+def test_stacks_that_are_kept_take_bounded_room(engine: Engine):
+    engine.context = 5
+    for stack in (*STACKS, *STACKS):
+        answered(engine, [job(1, stack)])
+    assert sum(prefix.get_seq_length() for prefix in engine._prefixes.values()) <= 10
+
+
+def test_rotary_frequencies_that_depend_on_the_batch_bound_the_context(tiny_base):
+    config = replace(tiny_base).model.config
+    old = config.rope_parameters
+    try:
+        config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 40}
+        assert Engine(tiny_base, {}, rows=1).context == 40
+    finally:
+        config.rope_parameters = old
+    assert Engine(tiny_base, {}, rows=1).context == 512

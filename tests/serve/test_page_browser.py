@@ -17,9 +17,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 from tiny_run import patch_of
 
-from policypatch.serve.app import Served, create_app
+from policypatch.serve.app import create_app
 from policypatch.serve.engine import Engine
 from policypatch.serve.protocol import ChatAsked, read
+from policypatch.serve.served import Served
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [

@@ -41,3 +41,17 @@ def test_what_may_become_a_stop_text_is_held_back(tiny_base):
 @pytest.mark.parametrize("stop", [[], ["never"]])
 def test_an_answer_of_nothing(tiny_base, stop: list[str]):
     assert Writer(tiny_base, [5], stop).rest() == ""
+
+
+def test_a_run_of_halves_is_given_out_when_it_is_long(tiny_base):
+    half = tiny_base.encode("\N{SNOWMAN}")[0]  # the first of three bytes
+    writer = Writer(tiny_base, [5])
+    pieces = [writer.add(half) for _ in range(200)]
+    assert len("".join(pieces)) > 60 and len("".join(pieces) + writer.rest()) == 200
+
+
+def test_a_stop_text_in_what_was_held_back_counts(tiny_base):
+    half = tiny_base.encode("\N{SNOWMAN}")[0]
+    writer = Writer(tiny_base, [5], ["\N{REPLACEMENT CHARACTER}"])
+    assert writer.add(tiny_base.encode("a")[0]) == "a" and writer.add(half) == ""
+    assert writer.rest() == "" and writer.stopped

@@ -25,7 +25,8 @@ async function refusal(response) {
 }
 
 async function load() {
-  const response = await fetch("/patches", { headers: headers() });
+  const response = await fetch("/patches", { headers: headers() }).catch(() => null);
+  if (!response) return problem("the server cannot be reached");
   if (!response.ok) return problem(await refusal(response));
   const told = await response.json();
   at("base").textContent = told.base;
@@ -79,6 +80,7 @@ async function ask(pane, signal) {
       pane.note.textContent = "writing";
     }
   }
+  if (!why) throw new Error("the answer was cut off");
   const seconds = ((performance.now() - began) / 1000).toFixed(1);
   const ended = { stop: "ended by itself", length: "cut at the limit" }[why] ?? why;
   pane.note.textContent = `${tokens} tokens in ${seconds} s, ${ended}`;
@@ -87,8 +89,8 @@ async function ask(pane, signal) {
 at("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
   if (running) return;
-  if (!panes[0].model.value) await load(); // a key was asked for when the page was opened
   running = new AbortController();
+  if (!panes[0].model.value) await load(); // a key was asked for when the page was opened
   at("go").disabled = true;
   at("stop").disabled = false;
   problem("");
