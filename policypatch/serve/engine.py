@@ -22,11 +22,13 @@ from policypatch.model.backbone import sliding_window
 from policypatch.model.base import Base
 from policypatch.model.decode import row_key
 from policypatch.model.sampling import Sampling, next_tokens, uniforms
+from policypatch.model.tree import common_prefix
 from policypatch.serve.slots import Slots, prefix_cache
 from policypatch.serve.text import Writer
 
 log = logging.getLogger(__name__)
-KEPT = 2  # times the context: positions of stacks whose keys and values are kept
+KEPT = 2  # times the context: positions whose keys and values are kept for requests to come
+WORTH = 8  # tokens that prompts must share beyond what is known before that is computed apart
 AT_ONCE = 512  # tokens of prompts that are read in a round, by which the others' next token is late
 
 
@@ -93,7 +95,8 @@ class Engine:
         self.slots = Slots(base.model, rows, self.context)
         self.queue: deque[Job] = deque()
         self.running: list[_Running] = []
-        self._prefixes: dict[tuple[str, ...], DynamicCache] = {}
+        self._roots: dict[tuple[tuple[str, ...], tuple[int, ...]], DynamicCache] = {}
+        self._last: dict[tuple[str, ...], Sequence[int]] = {}
         self._wake = threading.Condition()
         self._stopping = self._abandoned = False
         self._thread: threading.Thread | None = None
@@ -206,7 +209,8 @@ class Engine:
             steps = job.sampling.max_new_tokens if job.sampling.temperature else 0
             draws = uniforms(job.seed, [row_key(job.prompt, 0)], steps)[0]
             running = _Running(job, Writer(self.base, job.prompt, job.stop), draws)
-            logits = self.slots.enter(self._prefix(job.stack), job.prompt)
+            root, read = self._root(job)
+            logits = self.slots.enter(root, job.prompt[read:])
             self.running.append(running)
             job.first = time.monotonic()
             self._written([entered], logits[None])
@@ -217,17 +221,32 @@ class Engine:
             else:
                 self._tell(job, "", "error")
 
-    def _prefix(self, stack: tuple[str, ...]) -> DynamicCache | None:
-        """Keys and values of a stack, computed when it is first asked for; those asked for long ago are dropped."""
-        if not stack:
-            return None
-        known = self._prefixes.pop(stack, None)
-        if known is None:
-            known = prefix_cache(self.base.model, torch.cat([self.patches[name] for name in stack]))
-        self._prefixes[stack] = known
-        while len(self._prefixes) > 1 and sum(map(_length, self._prefixes.values())) > KEPT * self.context:
-            del self._prefixes[next(iter(self._prefixes))]
-        return known
+    def _root(self, job: Job) -> tuple[DynamicCache | None, int]:
+        """Keys and values of the stack and of the longest known beginning of the prompt, and tokens of that beginning.
+
+        What a stack's last two prompts began with (a chat's system message) is taken for what the next ones begin with.
+        Roots are computed when they are first asked for; those asked for long ago are dropped.
+        """
+        prompt, last = job.prompt, self._last.get(job.stack, ())
+        self._last[job.stack] = prompt
+        common = min(common_prefix([prompt, last]), len(prompt) - 1)
+        known = [key for key in self._roots if key[0] == job.stack and tuple(prompt[: len(key[1])]) == key[1]]
+        best = max(known, key=lambda key: len(key[1]), default=(job.stack, ()))
+        best = (job.stack, best[1] if len(best[1]) < len(prompt) else ())
+        if common >= len(best[1]) + WORTH:
+            best = (job.stack, tuple(prompt[:common]))
+        if best == ((), ()):
+            return None, 0
+        root = self._roots.pop(best, None)
+        if root is None:
+            model = self.base.model
+            parts = [self.patches[name].to(model.device, model.dtype) for name in job.stack]
+            parts.append(model.get_input_embeddings()(torch.tensor(best[1], dtype=torch.long, device=model.device)))
+            root = prefix_cache(model, torch.cat(parts))
+        self._roots[best] = root
+        while len(self._roots) > 1 and sum(map(_length, self._roots.values())) > KEPT * self.context:
+            del self._roots[next(iter(self._roots))]
+        return root, len(best[1])
 
     def _written(self, slots: Sequence[int], logits: Tensor) -> None:
         """Draw the next token of these slots from logits (n, V); end those that have ended."""

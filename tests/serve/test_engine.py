@@ -217,7 +217,24 @@ def test_stacks_that_are_kept_take_bounded_room(engine: Engine):
     engine.context = 5
     for stack in (*STACKS, *STACKS):
         answered(engine, [job(1, stack)])
-    assert sum(prefix.get_seq_length() for prefix in engine._prefixes.values()) <= 10
+    assert sum(root.get_seq_length() for root in engine._roots.values()) <= 10
+
+
+def test_what_prompts_begin_with_is_read_once(engine: Engine, alone, monkeypatch):
+    read = []
+    entered = type(engine.slots).enter
+    monkeypatch.setattr(
+        type(engine.slots),
+        "enter",
+        lambda self, root, tokens: (read.append(len(tokens)), entered(self, root, tokens))[1],
+    )
+    system = list(range(30, 60))
+    prompts = [[*system, 5], [*system, 6, 7], [*system, 8, 9, 10], system, [*system[:20], 3, 4]]
+    for stack in ((), ("tox",)):
+        jobs = [replace(job(i, stack), prompt=prompt, tell=Told()) for i, prompt in enumerate(prompts)]
+        answered(engine, jobs)
+        assert [each.written for each in jobs] == [alone(each) for each in jobs]
+    assert read == [31, 2, 3, 1, 2] * 2
 
 
 def test_rotary_frequencies_that_depend_on_the_batch_bound_the_context(tiny_base):
