@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from policypatch.errors import PolicyPatchError
 from policypatch.model import applied
-from policypatch.model.base import identify
-from policypatch.patch.artifact import Patch, check_base, check_names, load
+from policypatch.model.base import embedding_of, identify
+from policypatch.patch.artifact import Patch, check_base, check_names, far_out, load
 from policypatch.patch.stacking import stack
 
 __all__ = ["apply", "load", "remove", "stack", "using"]
@@ -41,6 +42,9 @@ def apply(
 
     Raises:
         PolicyPatchError: a patch does not load or is for another base, or the architecture is not supported.
+
+    Warns:
+        vectors far longer or shorter than the base's embeddings, which training makes none of.
     """
     found = _loaded(patches, require_signature)
     if not found:
@@ -51,6 +55,7 @@ def apply(
         frozenset({*allow_mismatch, *(OF_TOKENIZER if tokenizer is None else ())}),
     )
     _check(found, bound)
+    _warn(found, model)
     applied.apply(model, *(patch.vectors for patch in found), bound=bound)
     return model
 
@@ -95,6 +100,14 @@ def _loaded(patches: Sequence[AnyPatch], key: Path | str | None) -> list[Patch]:
                 f"{patch.manifest.name} is loaded already and its signature not at hand: give its folder"
             )
     return [p if isinstance(p, Patch) else load(Path(p), require_signature=key) for p in patches]
+
+
+def _warn(patches: Sequence[Patch], model: PreTrainedModel) -> None:
+    """Tell of vectors that no training makes."""
+    embedding = embedding_of(model)
+    for patch in patches:
+        if odd := far_out(patch.vectors.to(embedding.device), embedding):
+            warnings.warn(f"{patch.manifest.name} {patch.manifest.version}: {odd}", stacklevel=3)
 
 
 def _check(patches: Sequence[Patch], bound: applied.Bound) -> None:

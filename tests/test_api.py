@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import patch_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import policypatch
 from policypatch.errors import PolicyPatchError
 from policypatch.model.base import Base
 from policypatch.patch.artifact import Patch, digest, save, sign
-from policypatch.patch.manifest import Manifest
 from policypatch.patch.signature import keygen
 
 
@@ -28,10 +28,7 @@ def made(tiny_base: Base, tmp_path: Path):
     """made(name, start) -> a patch for the tiny base, of four of its own embeddings, and its folder."""
 
     def make(name: str, start: int, **changes) -> tuple[Patch, Path]:
-        vectors = tiny_base.embedding[start : start + 4].float().clone()
-        about = {"length": 4, "width": tiny_base.width, "base": tiny_base.identity, "sha256": digest(vectors)}
-        fields = about | {"created": "2026-11-25T00:00:00+00:00"} | changes
-        patch = Patch(vectors, Manifest(name, "1.0.0", ["toxicity"], **fields))
+        patch = patch_of(tiny_base, name, start, **changes)
         return patch, save(patch, tmp_path / name)
 
     return make
@@ -129,3 +126,11 @@ def test_nothing_heavy_is_imported_before_it_is_asked_for():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = policypatch.nothing
+
+
+def test_vectors_that_no_training_makes_are_told(customer, tiny_base: Base):
+    vectors = tiny_base.embedding[10:14].float() * 100
+    odd = patch_of(tiny_base, "odd", 10, sha256=digest(vectors))
+    model, tokenizer = customer
+    with pytest.warns(UserWarning, match=r"odd 1\.0\.0: 4 of 4 vectors are far longer"):
+        policypatch.apply(model, Patch(vectors, odd.manifest), tokenizer=tokenizer)

@@ -165,7 +165,7 @@ def _custom(key: str, prompts: Path) -> dict[str, Any]:
     }
 
 
-def patch_of(base: Base, name: str, start: int, length: int = 4, **fields: Any) -> Patch:
+def patch_of(base: Base, name: str, start: int, length: int = 4, /, **fields: Any) -> Patch:
     """A patch for `base` whose vectors are its embeddings of `length` tokens from `start` on."""
     vectors = base.embedding[start : start + length].float().clone()
     known = {"version": "1.0.0", "risks": ["toxicity"], "created": "2026-11-25T00:00:00+00:00", "base": base.identity}

@@ -50,9 +50,7 @@ class Base:
     @property
     def embedding(self) -> Tensor:
         """(V, D) what the tokens are embedded as."""
-        module = self.model.get_input_embeddings()
-        scale = getattr(module, "embed_scale", None)  # Gemma 3 multiplies inside the embedding, so a patch must as well
-        return module.weight if scale is None else module.weight * torch.as_tensor(scale).to(module.weight)
+        return embedding_of(self.model)
 
     @property
     def width(self) -> int:
@@ -123,6 +121,13 @@ class Base:
         """
         before, whole = self.decode(prompt), self.decode([*prompt, *tokens])
         return whole[len(before) :] if whole.startswith(before) else self.decode(tokens)
+
+
+def embedding_of(model: PreTrainedModel) -> Tensor:
+    """(V, D) what a model's tokens are embedded as."""
+    module = model.get_input_embeddings()
+    scale = getattr(module, "embed_scale", None)  # Gemma 3 multiplies inside the embedding, so a patch must as well
+    return module.weight if scale is None else module.weight * torch.as_tensor(scale).to(module.weight)
 
 
 def load_base(cfg: DictConfig, key: str = "model") -> Base:
