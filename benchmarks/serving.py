@@ -2,9 +2,10 @@
 
     python -m benchmarks.serving PATCH [PATCH] [--clients 32] [--seconds 60]
 
-Starts `policypatch serve` for the default base in float32 and asks each request (model x prompt) alone first. Then each
-client asks one after the other, by the official `openai` client, as fast as it is answered. Writes
-benchmarks/results/serving.json.
+Starts `policypatch serve` for the default base in float32 and asks each request (model x kind x prompt) alone first:
+whole chats, streamed chats, and texts that are continued by sampling with a seed. Then each client asks one after the
+other, by the official `openai` client, as fast as it is answered. Writes benchmarks/results/serving.json, and exits with
+1 where an answer was wrong, an error was no 429, memory grew, or the server did not end in peace.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import os
 import platform
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -23,6 +25,7 @@ import urllib.request
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import openai
 from rich.console import Console
@@ -43,12 +46,25 @@ PROMPTS = (
 )
 
 
-def asked(client: openai.OpenAI, model: str, prompt: str, tokens: int) -> str:
-    """The greedy answer to one request."""
-    answer = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=tokens
+Request = tuple[str, str, str]  # model, kind, prompt
+
+
+def asked(client: openai.OpenAI, request: Request, tokens: int) -> str:
+    """The answer to one request."""
+    model, kind, prompt = request
+    if kind == "text":
+        text = client.completions.create(
+            model=model, prompt=prompt, temperature=0.8, top_p=0.9, seed=1, max_tokens=tokens
+        )
+        return text.choices[0].text
+    messages: list[Any] = [{"role": "user", "content": prompt}]
+    if kind == "chat":
+        answer = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=tokens)
+        return str(answer.choices[0].message.content)
+    pieces = client.chat.completions.create(
+        model=model, messages=messages, temperature=0, max_tokens=tokens, stream=True
     )
-    return str(answer.choices[0].message.content)
+    return "".join(piece.choices[0].delta.content or "" for piece in pieces)
 
 
 def memory(pid: int) -> float:
@@ -62,7 +78,7 @@ def memory(pid: int) -> float:
 class Load:
     """What the clients saw."""
 
-    def __init__(self, address: str, expected: dict[tuple[str, str], str], lengths: dict[tuple[str, str], int]):
+    def __init__(self, address: str, expected: dict[Request, str], lengths: dict[Request, int]):
         self.address, self.expected, self.lengths = address, expected, lengths
         self.counts: Counter[str] = Counter()
         self.seconds: list[float] = []
@@ -76,7 +92,7 @@ class Load:
             while time.monotonic() < until:
                 request, start = rng.choice(requests), time.monotonic()
                 try:
-                    text = asked(client, *request, self.lengths[request])
+                    text = asked(client, request, self.lengths[request])
                     outcome = "right" if text == self.expected[request] else "wrong"
                 except openai.RateLimitError:
                     outcome = "429"
@@ -105,6 +121,8 @@ def main() -> None:
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
+            if server.poll() is not None:
+                sys.exit(f"the server ended with status {server.returncode} before it answered")
             try:
                 urllib.request.urlopen(f"{address}/health")
                 break
@@ -112,9 +130,14 @@ def main() -> None:
                 time.sleep(0.2)
         names = [load(patch).manifest.name for patch in arguments.patches]
         models = ["base", *(f"base+{name}" for name in names), "+".join(["base", *names])]
-        lengths = {(m, p): 8 + 8 * ((i + j) % 3) for i, m in enumerate(models) for j, p in enumerate(PROMPTS)}
+        kinds = ("chat", "stream", "text")
+        lengths = {
+            (model, kinds[(i + j) % 3], prompt): 8 + 8 * ((i + 2 * j) % 3)
+            for i, model in enumerate(models)
+            for j, prompt in enumerate(PROMPTS)
+        }
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
-            expected = {request: asked(client, *request, tokens) for request, tokens in lengths.items()}
+            expected = {request: asked(client, request, tokens) for request, tokens in lengths.items()}
         load_ = Load(address, expected, lengths)
         until, held = time.monotonic() + arguments.seconds, [memory(server.pid)]
         threads = [threading.Thread(target=load_.client, args=(i, until)) for i in range(arguments.clients)]
@@ -127,9 +150,9 @@ def main() -> None:
             thread.join()
     finally:
         server.terminate()
-        ended = server.wait(30)
+        ended = server.wait(60)
     third = len(held) // 3
-    result = {
+    result: dict[str, Any] = {
         "clients": arguments.clients,
         "seconds": arguments.seconds,
         "answers": dict(load_.counts),
@@ -153,7 +176,8 @@ def main() -> None:
     Console().print_json(data=result)
     (ROOT / "results").mkdir(exist_ok=True)
     write_json(ROOT / "results" / "serving.json", result)
-    if set(load_.counts) - {"right", "429"}:
+    grown = result["memory_mb"]["mean_of_the_last_third"] / result["memory_mb"]["mean_of_the_second_third"]
+    if set(load_.counts) - {"right", "429"} or grown > 1.02 or ended not in (0, -signal.SIGTERM):
         sys.exit(1)
 
 

@@ -136,6 +136,16 @@ def test_from_a_run_to_engines_that_know_nothing_of_patches(folder: Path, tmp_pa
                     max_tokens=GREEDY.max_new_tokens,
                 )
                 assert answer.choices[0].message.content == text
+        pieces = client.chat.completions.create(
+            model=f"base+{patch.manifest.name}+both",
+            messages=[{"role": "user", "content": REQUESTS[0]}],
+            temperature=0,
+            max_tokens=GREEDY.max_new_tokens,
+            stream=True,
+        )
+        stacked = torch.cat([patch.vectors, both.vectors])
+        rows = sample(base.model, prompts[:1], stacked, 1, GREEDY, eos=base.eos)
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == base.decode(rows[0][0])
 
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make engines")
     command("export", *both_to, "--to", "gguf", "--out", "model.gguf", "--dequantize")
