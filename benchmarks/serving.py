@@ -4,7 +4,7 @@
 
 Starts `policypatch serve` for the default base in float32 and asks each request (model x kind x prompt) alone first:
 whole chats, streamed chats, and texts that are continued by sampling with a seed. Then each client asks one after the
-other, by the official `openai` client, as fast as it is answered. Writes benchmarks/results/serving.json, and exits with
+other, by the official `openai` client, as fast as it is answered. Writes benchmarks/results/serving.json; exits with
 1 where an answer was wrong, an error was no 429, memory grew, or the server did not end in peace.
 """
 
