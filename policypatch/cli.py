@@ -77,6 +77,33 @@ def compare(
     say(compared(folders, target), target)
 
 
+@app.command()
+@sentence
+def cache(
+    clean: Annotated[bool, typer.Option("--clean", help="remove entries")] = False,
+    kind: Annotated[str | None, typer.Option(help="only of this kind")] = None,
+    older_than_days: Annotated[float | None, typer.Option(help="only what was last used longer ago", min=0)] = None,
+) -> None:
+    """Say what the cache holds, by kind; with --clean, remove it."""
+    from policypatch.files import cache as kept
+    from policypatch.report.costs import size
+
+    rows = kept.usage()
+    if kind is not None and kind not in {name for name, _, _ in rows}:
+        raise PolicyPatchError(
+            f"the cache has no {kind!r}: it has {', '.join(name for name, _, _ in rows) or 'nothing'}"
+        )
+    console = Console(soft_wrap=True, highlight=False)
+    if clean:
+        console.print(f"{size(kept.clean(kind, older_than_days))} freed in {kept.cache_root()}", markup=False)
+        return
+    console.print(f"{kept.cache_root()}", markup=False)
+    for name, entries, used in sorted(rows, key=lambda row: -row[2]):
+        console.print(
+            f"  {name:<12} {entries:>6} {'entry' if entries == 1 else 'entries':<7} {size(used):>9}", markup=False
+        )
+
+
 def add(command: Callable[..., None], name: str | None = None) -> None:
     """Have a command of another file."""
     app.command(name)(sentence(command))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from policypatch.data.datamodule import Example, PairData, encode_pair
@@ -33,6 +34,7 @@ from policypatch.report.tracking import Tracker
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
 from policypatch.train.module import Weights
 from policypatch.train.sft_module import SFTModule
+from policypatch.train.shared import trained_once
 from policypatch.train.stage import optimisation, run_stage
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,9 @@ def trained_arms(
             sft = SFTModule(backbone, optimisation(cfg.sft), _weights(cfg))
             with tracker.job("sft") as job:
                 job.reads(folder / "pairs.jsonl", pair_set.counts)
-                run_stage(sft, data, cfg.sft, cfg.trainer, folder, job.loggers())
+                loggers = job.loggers()
+                train = partial(run_stage, sft, data, cfg.sft, cfg.trainer, folder, loggers)
+                trained_once("sft", folder, _about_sft(cfg, base, pair_set), backbone, train, loggers)
             arms.append(method.arm("sft", backbone))
     if cfg.dpo.enabled:
         with clock("dpo"):
@@ -123,6 +127,21 @@ def made_pairs(context: TeacherContext, own: list[Probe], teacher: Teacher) -> P
     pair_set = PairSet.read(cached / "pairs.jsonl", cached / "counts.json")
     log.info("%d pairs (%s)", len(pair_set.pairs), pair_set.counts)
     return pair_set
+
+
+def _about_sft(cfg: DictConfig, base: Base, pair_set: PairSet) -> dict[str, Any]:
+    """What the first stage depends on beside where its tensors begin."""
+    read = ("sft", "data", "kl", "texts", "balance", "seed", "row_tokens", "method")
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(resolved, dict)
+    return {key: resolved[key] for key in read} | {
+        "base": asdict(base.identity),
+        "dtype": str(base.model.dtype),
+        "attention": cfg.model.attention,
+        "accelerator": cfg.trainer.accelerator,
+        "validate_every": cfg.trainer.validate_every,
+        "pairs": pair_set.sha256,
+    }
 
 
 def _encoded(cfg: DictConfig, base: Base, pair_set: PairSet) -> list[Example]:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -51,3 +52,24 @@ def test_judges_of_conf_are_made_in_order():
 def test_the_real_table():
     tables = cli.measured(model=False)
     assert [len(rows) for rows in tables.values()] == [2, 2, 2, 2, 3, 2]
+
+
+def test_the_cache_is_told_and_cleaned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from policypatch.files.cache import content_key, entry
+
+    monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path / "kept"))
+    for kind, number in (("pairs", 2), ("latency", 1)):
+        for i in range(number):
+            entry(kind, content_key(i=i), lambda folder: (folder / "a.txt").write_text("x" * 3000) and None, about={})
+    said = CliRunner().invoke(cli.app, ["cache"]).stdout
+    assert "pairs             2 entries" in said and "latency           1 entry" in said
+    assert (
+        CliRunner()
+        .invoke(cli.app, ["cache", "--clean", "--kind", "pairs", "--older-than-days", "1"])
+        .stdout.startswith("0 ")
+    )
+    assert "freed" in CliRunner().invoke(cli.app, ["cache", "--clean", "--kind", "pairs"]).stdout
+    said = CliRunner().invoke(cli.app, ["cache"]).stdout
+    assert "latency" in said and "pairs             0" in said
+    result = CliRunner().invoke(cli.app, ["cache", "--kind", "none"])
+    assert result.exit_code == 2 and "the cache has no 'none': it has latency, pairs" in result.stderr

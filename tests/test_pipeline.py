@@ -331,6 +331,40 @@ def test_pairs_and_base_samples_are_made_once_for_all_betas(go, tmp_path: Path):
     assert second["completions"] == {"hits": 2, "misses": 1}
 
 
+def test_the_first_stage_is_trained_once_for_all_betas(go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def figures(name: str, stage: str) -> list[str]:
+        return [line for line in (tmp_path / name / "metrics.csv").read_text().splitlines() if line.startswith(stage)]
+
+    def cost(name: str) -> str:
+        return (tmp_path / name / "checkpoints" / "sft" / "cost.json").read_text()
+
+    go("a", dpo__beta=0.1)
+    go("b", dpo__beta=0.5)
+    go("c", dpo__beta=0.5, sft__lr=0.02)
+    counts = [json.loads((tmp_path / name / "run.json").read_text())["cache"]["stages"] for name in "abc"]
+    assert counts == [{"hits": 0, "misses": 1}, {"hits": 1, "misses": 0}, {"hits": 0, "misses": 1}]
+    assert figures("a", "sft") == figures("b", "sft") != figures("c", "sft")
+    assert len(figures("b", "dpo")) == len(figures("a", "dpo")) > 0
+    assert cost("b") == cost("a") != cost("c")  # what it took when it was trained
+
+    monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path / "another"))
+    go("d", dpo__beta=0.5)
+    with_it, without = (artifact.load(tmp_path / name / "patch") for name in "bd")
+    assert torch.equal(with_it.vectors, without.vectors)
+    assert figures("b", "dpo") == figures("d", "dpo")
+
+
+def test_a_folder_that_was_left_in_the_first_stage_takes_what_another_run_trained(go, tmp_path: Path):
+    go("a")
+    checkpoint = tmp_path / "b" / "checkpoints" / "sft" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    state = torch.load(tmp_path / "a" / "checkpoints" / "sft" / "last.ckpt", weights_only=True)
+    torch.save(state | {"state_dict": {k: v + 1 for k, v in state["state_dict"].items()}}, checkpoint)
+    go("b")
+    first, second = (artifact.load(tmp_path / name / "patch") for name in "ab")
+    assert torch.equal(first.vectors, second.vectors)
+
+
 def test_a_missing_file_ends_the_run_before_it_costs_anything(go, tmp_path: Path):
     refused(go, "risk.train.source", "/nope.jsonl", folder=tmp_path, risk__train__source="/nope.jsonl")
 

@@ -123,6 +123,7 @@ def run_stage(
         log.info("%s resumes from %s", module.stage, last)
     with warnings.catch_warnings():
         # Lightning cannot see that the loader starts where the checkpoint stopped.
+        warnings.filterwarnings("ignore", "The dirpath has changed")  # a checkpoint of another run (train/shared.py)
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         start = time.monotonic()
         try:
