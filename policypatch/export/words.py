@@ -16,7 +16,7 @@ from torch import Tensor
 
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import decoder_of, finish_logits
-from policypatch.model.base import Base
+from policypatch.model.base import Base, embedding_scale
 from policypatch.model.decode import sample
 from policypatch.model.sampling import Sampling
 from policypatch.patch.artifact import Patch
@@ -99,13 +99,8 @@ def words_of(base: Base, patches: Sequence[Patch]) -> Words:
     head, highest, likeliest = silent_row(base, [patch.vectors for patch in patches], len(vectors))
     first = base.tokenizer("A").input_ids[0]
     bos = base.tokenizer.bos_token if first == base.tokenizer.bos_token_id else None
-    return Words(of, vectors / embedding_scale(base), head, highest, likeliest, bos)
-
-
-def embedding_scale(base: Base) -> float:
-    """What the base multiplies its embedding matrix by (Gemma 3), which the words' rows must then be without."""
-    scale = getattr(base.model.get_input_embeddings(), "embed_scale", None)
-    return 1.0 if scale is None else float(scale)
+    scale = embedding_scale(base.model)  # the base multiplies the rows by it again
+    return Words(of, vectors if scale is None else vectors / scale.float().cpu(), head, highest, likeliest, bos)
 
 
 @torch.no_grad()

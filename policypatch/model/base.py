@@ -125,9 +125,14 @@ class Base:
 
 def embedding_of(model: PreTrainedModel) -> Tensor:
     """(V, D) what a model's tokens are embedded as."""
-    module = model.get_input_embeddings()
-    scale = getattr(module, "embed_scale", None)  # Gemma 3 multiplies inside the embedding, so a patch must as well
-    return module.weight if scale is None else module.weight * torch.as_tensor(scale).to(module.weight)
+    weight, scale = model.get_input_embeddings().weight, embedding_scale(model)
+    return weight if scale is None else weight * scale.to(weight)
+
+
+def embedding_scale(model: PreTrainedModel) -> Tensor | None:
+    """What a model multiplies its embedding matrix by before it is an input (Gemma 3), so that a patch must as well."""
+    scale = getattr(model.get_input_embeddings(), "embed_scale", None)
+    return None if scale is None else torch.as_tensor(scale)
 
 
 def load_base(cfg: DictConfig, key: str = "model") -> Base:

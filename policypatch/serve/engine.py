@@ -214,7 +214,7 @@ class Engine:
             self.running.append(running)
             job.first = time.monotonic()
             self._written([entered], logits[None])
-        except Exception:
+        except Exception:  # whoever asked is told, and the log says why; the others go on
             log.exception("a request could not be read")
             if len(self.running) > entered:
                 self._end(entered, "error")
@@ -301,7 +301,7 @@ class Engine:
         """Whoever asked may be gone in any way; that ends nothing here."""
         try:
             job.tell(text, why)
-        except Exception:
+        except Exception:  # a closed event loop, mostly: the server is going down, or the client's connection went
             log.exception("an answer could not be handed over")
             job.cancelled = True
 

@@ -6,7 +6,6 @@ checkpoint, its figures and what it cost, is kept in the cache under a digest of
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import logging
 import shutil
@@ -22,7 +21,7 @@ from policypatch.files.atomic import atomic_path
 from policypatch.files.cache import content_key, entry
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.patch.artifact import digest
-from policypatch.train.stage import COST, FIELDS
+from policypatch.train.stage import COST, read_figures, write_figures
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ def trained_once(
         trained = True
         for name in (LAST, COST):
             shutil.copyfile(ours / name, target / name)
-        _write(target / FIGURES, [row for row in _rows(folder / FIGURES) if row["stage"] == stage])
+        write_figures(target / FIGURES, [row for row in read_figures(folder / FIGURES) if row["stage"] == stage])
 
     cached = entry("stages", content_key(**known), build, about=known)
     if trained:
@@ -75,9 +74,9 @@ def trained_once(
         for name in (COST, LAST):
             with atomic_path(ours / name) as temporary:
                 shutil.copyfile(cached / name, temporary)
-        others = [row for row in _rows(folder / FIGURES) if row["stage"] != stage]
-        _write(folder / FIGURES, [*_rows(cached / FIGURES), *others])
-        _tell(_rows(cached / FIGURES), loggers)
+        others = [row for row in read_figures(folder / FIGURES) if row["stage"] != stage]
+        write_figures(folder / FIGURES, [*read_figures(cached / FIGURES), *others])
+        _tell(read_figures(cached / FIGURES), loggers)
     train()  # from a checkpoint of its end: it loads that and takes no step
 
 
@@ -103,17 +102,3 @@ def _code() -> str:
             if path.name.endswith(".py") and (names is None or path.name in names):
                 found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as f:
-        return list(csv.DictReader(f))
-
-
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as f:
-        writer = csv.DictWriter(f, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)

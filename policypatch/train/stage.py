@@ -28,6 +28,22 @@ COST = "cost.json"  # beside a stage's checkpoints: what its training took
 FIELDS = ("stage", "step", "metric", "value")
 
 
+def read_figures(path: Path) -> list[dict[str, str]]:
+    """Rows of a `metrics.csv`; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as f:
+        return [row for row in csv.DictReader(f) if row["value"] is not None]  # None: killed while writing the line
+
+
+def write_figures(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """A `metrics.csv` of these rows."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as f:
+        writer = csv.DictWriter(f, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 class MetricsCsv(Callback):
     """Append every logged figure to `metrics.csv` as (stage, step, metric, value)."""
 
@@ -39,15 +55,8 @@ class MetricsCsv(Callback):
 
         Not on_fit_start: Lightning calls that one before it restores the step.
         """
-        kept = []
-        if self.path.is_file():
-            with self.path.open(newline="") as f:
-                rows = [r for r in csv.DictReader(f) if r["value"] is not None]  # None: killed while writing the line
-            kept = [r for r in rows if r["stage"] != self.stage or int(r["step"]) <= trainer.global_step]
-        with atomic_path(self.path) as temporary, temporary.open("w", newline="") as f:
-            writer = csv.DictWriter(f, FIELDS)
-            writer.writeheader()
-            writer.writerows(kept)
+        rows = read_figures(self.path)
+        write_figures(self.path, [r for r in rows if r["stage"] != self.stage or int(r["step"]) <= trainer.global_step])
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
         """One row for each figure of the step."""

@@ -77,3 +77,11 @@ def test_figures_of_a_later_stage_stay(go, tmp_path: Path):
     go("b", {"lr": 1})
     lines = (tmp_path / "b" / "metrics.csv").read_text().splitlines()
     assert lines[1] == "sft,1,train/loss,2" and lines[-1] == "dpo,1,train/loss,0.5" and len(lines) == 5
+
+
+def test_a_line_that_a_kill_cut_off_is_no_figure(go, tmp_path: Path):
+    go("a", {"lr": 1})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.csv").write_text("stage,step,metric,value\ndpo,1,train/loss,0.5\ndpo,2,train")
+    go("b", {"lr": 1})
+    assert (tmp_path / "b" / "metrics.csv").read_text().splitlines()[-1] == "dpo,1,train/loss,0.5"
