@@ -186,7 +186,8 @@ def base_of(model: str, dtype: str = "auto") -> Any:
 
     quiet_libraries()
     config = model_config(model)
-    config.dtype = dtype
+    if dtype != "auto":  # what the base's own file says stands otherwise
+        config.dtype = dtype
     return load_base(config)
 
 
