@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.backbone import PrefixBackbone, finish_logits, sliding_window
+from policypatch.model.backbone import PrefixBackbone, sliding_window
 from policypatch.model.base import Base
+from policypatch.model.head import finish_logits
 from policypatch.model.tree import Item
 
 ROW_TOKENS = 512

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.tree import Item, Tree, build_tree
-
-LOGIT_CHUNK = 1024  # positions computed at once: 1024 x 49,152 x 4 bytes = 200 MB where no gradient keeps them all
+from policypatch.model.head import finish_logits, token_divergence, token_logprobs
+from policypatch.model.tree import Cost, Item, Tree, build_tree
 
 
 class PrefixBackbone(nn.Module):
@@ -63,11 +62,12 @@ class PrefixBackbone(nn.Module):
 
     def tree(self, items: list[Item]) -> Tree:
         """Pack items for this backbone, on its device."""
-        return build_tree(items, self.max_row_tokens).to(self.model.device)
+        count, width = self.patch.shape
+        return build_tree(items, self.max_row_tokens, Cost(width, count)).to(self.model.device)
 
     def completion_logprobs(self, tree: Tree) -> Tensor:
         """Log-probability of each completion token: (N,) float32, in the order of `tree.targets`."""
-        return self._over_vocabulary(self.hidden(tree), tree, _logprob_of)
+        return token_logprobs(self.model, self.hidden(tree), tree.targets)
 
     def sequence_logprobs(self, tree: Tree) -> Tensor:
         """Summed log-probability of each completion: (S,) float32."""
@@ -75,7 +75,7 @@ class PrefixBackbone(nn.Module):
 
     def logits(self, tree: Tree) -> Tensor:
         """Logits that predict each completion token: (N, V) float32. For tests and short batches."""
-        return self._over_vocabulary(self.hidden(tree), tree, lambda logits, targets: logits)
+        return finish_logits(self.model, self.model.get_output_embeddings()(self.hidden(tree))).float()
 
     def completion_logprobs_and_kl(self, tree: Tree, base_tree: Tree, anchored: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of each completion token: (N,); mean KL(base || patched) per token of some completions: (K,).
@@ -87,7 +87,7 @@ class PrefixBackbone(nn.Module):
         """
         states = self.hidden(tree)
         kl = self._divergence(states[torch.isin(tree.sequence, anchored)], base_tree)
-        return self._over_vocabulary(states, tree, _logprob_of), kl
+        return token_logprobs(self.model, states, tree.targets), kl
 
     def divergence(self, tree: Tree, base_tree: Tree | None = None) -> Tensor:
         """Mean KL(base || patched) per token of each completion: (S,) float32, in nats.
@@ -100,14 +100,7 @@ class PrefixBackbone(nn.Module):
         """The same from the patched base's states (N, D) at what `base_tree` holds."""
         with torch.no_grad():
             base_states = self.base_hidden(base_tree)
-        head = self.model.get_output_embeddings()
-
-        def divergence(ours: Tensor, base: Tensor) -> Tensor:
-            ours, base = self._logits(head, ours).log_softmax(-1), self._logits(head, base).log_softmax(-1)
-            return (base.exp() * (base - ours)).sum(-1)
-
-        chunks = zip(states.split(LOGIT_CHUNK), base_states.split(LOGIT_CHUNK), strict=True)
-        kl = torch.cat([divergence(*chunk) for chunk in chunks])
+        kl = token_divergence(self.model, states, base_states)
         return sum_by_sequence(kl, base_tree) / torch.bincount(base_tree.sequence, minlength=base_tree.sequences)
 
     def hidden(self, tree: Tree) -> Tensor:
@@ -204,19 +197,6 @@ class PrefixBackbone(nn.Module):
     def _decoder(self) -> nn.Module:
         return decoder_of(self.model)
 
-    def _over_vocabulary(self, states: Tensor, tree: Tree, fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Apply `fn(logits (n, V) float32, targets (n,))` chunk by chunk and join the results."""
-        head = self.model.get_output_embeddings()
-        pieces = zip(states.split(LOGIT_CHUNK), tree.targets.split(LOGIT_CHUNK), strict=True)
-        return torch.cat([fn(self._logits(head, s), t) for s, t in pieces])
-
-    def _logits(self, head: nn.Module, states: Tensor) -> Tensor:
-        return finish_logits(self.model, head(states)).float()
-
-
-def _logprob_of(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """Take the gradient from every weight of the base; those of adapters in it (`policypatch.model.lora`) are kept."""
@@ -239,18 +219,6 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 def sliding_window(model: PreTrainedModel) -> int | None:
     """How far back the model's sliding layers look; None where it has none (some configs say 0 for that)."""
     return getattr(model.config, "sliding_window", None) or None
-
-
-def finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    """What some models do to their logits after the head, in their own forward."""
-    config = model.config
-    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere (Aya)
-        logits = logits * scale
-    if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        logits = logits / scale
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
-        logits = cap * torch.tanh(logits / cap)
-    return logits
 
 
 def sum_by_sequence(values: Tensor, tree: Tree) -> Tensor:

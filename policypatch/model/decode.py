@@ -16,7 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.backbone import decoder_of, finish_logits, sliding_window
+from policypatch.model.backbone import decoder_of, sliding_window
+from policypatch.model.head import finish_logits
 from policypatch.model.sampling import Sampling, next_tokens, uniforms
 from policypatch.model.tree import common_prefix
 

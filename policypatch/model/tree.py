@@ -6,7 +6,8 @@ a token see its ancestors in the tree and nothing else. For B pairs this is `P +
 where concatenation costs `2B (P + Lp + Lc)`; the numbers that come out are the same.
 
 Attention cost grows with the square of a packed row, so a large batch becomes several rows, which all read the keys
-and values of one shared root (patch + common prefix).
+and values of one shared root (patch + common prefix). How many is whatever costs least: rows that do not come out even
+are padded, and the root is then a pass of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+PASS = 64  # tokens that a pass of its own through the layers costs beside its tokens: it reads every weight
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Tree:
         targets: (N,) the completion tokens, in the order of the items and their completions.
         sequence: (N,) which completion each target belongs to, 0..S-1.
         sequences: S, the number of completions.
+        padding: how many of the rows' tokens are none.
     """
 
     root: Tensor
@@ -52,6 +56,7 @@ class Tree:
     targets: Tensor
     sequence: Tensor
     sequences: int
+    padding: int
 
     def to(self, device: torch.device) -> Tree:
         """The same tree with its tensors on `device`."""
@@ -60,8 +65,8 @@ class Tree:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are really computed, the patch left out."""
-        return int(self.root.numel() + self.allowed.diagonal(dim1=1, dim2=2).sum())
+        """Tokens that are computed, padding among them, the patch left out."""
+        return self.root.numel() + self.ids.numel()
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -76,12 +81,37 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return n
 
 
-def build_tree(items: Sequence[Item], max_row_tokens: int = 512) -> Tree:
+@dataclass(frozen=True)
+class Cost:
+    """What a packing costs, in tokens through the layers of a base: to choose one by, not to tell time.
+
+    A token costs about 24 D^2 operations in a layer's matrix products and a query against a key 4 D, in kernels that
+    reach about half their rate (measured: 0.55, float32 on a CPU): 3 D keys cost what a token does.
+
+    Attributes:
+        width: D, of the embeddings.
+        front: P, vectors that stand before everything.
+    """
+
+    width: int
+    front: int = 0
+
+    def __call__(self, root: int, rows: int, longest: int) -> float:
+        """Of `rows` rows of `longest` tokens behind `root` tokens that they share."""
+        n, keys_a_token = self.front + root, 3 * self.width
+        if rows == 1:
+            return n + longest + (n + longest) ** 2 / keys_a_token
+        passes = PASS + n + n**2 / keys_a_token
+        return passes + rows * longest * (1 + (n + longest) / keys_a_token)
+
+
+def build_tree(items: Sequence[Item], max_row_tokens: int = 512, cost: Cost | None = None) -> Tree:
     """Pack items into a tree.
 
     Args:
         items: prompts with one completion (SFT) or two (DPO: chosen, rejected); completions are not empty.
         max_row_tokens: rows are closed before they exceed this, or the longest item where that alone is longer.
+        cost: makes as many rows as cost least; None makes the fewest.
 
     Raises:
         ValueError: no items, or an empty completion. (An empty prompt is fine behind a patch; the backbone, which
@@ -93,7 +123,7 @@ def build_tree(items: Sequence[Item], max_row_tokens: int = 512) -> Tree:
         raise ValueError("a completion has no tokens")
     shared = common_prefix([item.prompt for item in items])
     sizes = [len(i.prompt) - shared + sum(map(len, i.completions)) for i in items]
-    rows = _fill_rows(sizes, max_row_tokens)
+    rows = _cheapest_rows(sizes, max_row_tokens, shared, cost)
     width = max(sum(sizes[i] for i in row) for row in rows)
 
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -130,6 +160,7 @@ def build_tree(items: Sequence[Item], max_row_tokens: int = 512) -> Tree:
         targets=targets,
         sequence=sequence,
         sequences=sum(len(i.completions) for i in items),
+        padding=ids.numel() - sum(sizes),
     )
 
 
@@ -152,20 +183,26 @@ def _place(
         allowed[row, span, parent] = True
 
 
-def _fill_rows(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Put items into rows of at most `limit` tokens: longest first, each into the emptiest row (even rows)."""
+def _cheapest_rows(sizes: Sequence[int], limit: int, root: int, cost: Cost | None) -> list[list[int]]:
+    """Items (by number) in rows of at most `limit` tokens."""
     limit = max(limit, *sizes)  # every row is padded to the longest anyway
-    count = max(1, -(-sum(sizes) // limit))
-    while True:
-        rows: list[list[int]] = [[] for _ in range(count)]
-        loads = [0] * count
-        for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-            emptiest = min(range(count), key=loads.__getitem__)
-            rows[emptiest].append(i)
-            loads[emptiest] += sizes[i]
-        if max(loads) <= limit or count >= len(sizes):
-            return [sorted(row) for row in rows if row]
-        count += 1
+    packings = (_fill_rows(sizes, count) for count in range(-(-sum(sizes) // limit), len(sizes) + 1))
+    loads = ((rows, max(sum(sizes[i] for i in row) for row in rows)) for rows in packings)
+    fitting = ((rows, load) for rows, load in loads if load <= limit)
+    if cost is None:
+        return next(fitting)[0]
+    return min(fitting, key=lambda found: cost(root, len(found[0]), found[1]))[0]
+
+
+def _fill_rows(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Put items into at most `count` rows: longest first, each into the emptiest row (even rows)."""
+    rows: list[list[int]] = [[] for _ in range(max(1, count))]
+    loads = [0] * len(rows)
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        emptiest = min(range(len(rows)), key=loads.__getitem__)
+        rows[emptiest].append(i)
+        loads[emptiest] += sizes[i]
+    return [sorted(row) for row in rows if row]
 
 
 def _running_sum(counts: Sequence[int]) -> list[int]:

@@ -98,6 +98,7 @@ class StageModule(L.LightningModule, ABC):
         self.optimisation = optimisation
         self.weights = weights or Weights()
         self.logged: set[str] = set()  # this step's figures: not every batch has all
+        self.tokens = self.padding = 0  # that went through the model in training, and how many of them were none
 
     def configure_optimizers(self) -> Any:
         """AdamW on the trainable tensors with the stage's schedule, stepped at every optimiser step."""
@@ -150,6 +151,10 @@ class StageModule(L.LightningModule, ABC):
                 f"(now {self.optimisation.lr}) or {self.stage}.clip"
             )
         self._log("train", figures)
+        for tree in (batch.tree, batch.texts, batch.balanced):
+            if tree is not None:
+                self.tokens += tree.tokens
+                self.padding += tree.padding
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

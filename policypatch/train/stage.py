@@ -142,6 +142,9 @@ def run_stage(
             torch.use_deterministic_algorithms(False)  # a setting of the whole process, which sampling on a GPU refuses
             if trainer.global_step > _steps_of(resume):  # a stage that was done already costs nothing more
                 _add_cost(folder, module.stage, time.monotonic() - start, peak.bytes)
+    if module.tokens:
+        share = module.padding / module.tokens
+        log.info("%s: %d tokens, %.1f %% of them padding", module.stage, module.tokens, 100 * share)
     trainer.save_checkpoint(last)  # a run that is interrupted later does not train this stage again
     module.to(device)  # Lightning leaves a module, and with it the frozen base, on the CPU
     return trainer.global_step

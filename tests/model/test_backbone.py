@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model import backbone as module
 from policypatch.model.backbone import PrefixBackbone, plain_logits, sum_by_sequence
 from policypatch.model.tree import Item
 
@@ -55,16 +54,6 @@ def logprobs_and_kl(backbone: PrefixBackbone, items: list[Item]) -> tuple[torch.
     """With every completion anchored."""
     tree = backbone.tree(items)
     return backbone.completion_logprobs_and_kl(tree, tree, torch.arange(tree.sequences))
-
-
-@torch.no_grad()
-def test_chunks_of_logits_change_nothing(backbone, monkeypatch):
-    tree = backbone.tree(ITEMS)
-    whole = (backbone.completion_logprobs(tree), *logprobs_and_kl(backbone, ITEMS))
-    monkeypatch.setattr(module, "LOGIT_CHUNK", 5)
-    assert len(tree.targets) % 5
-    pieces = (backbone.completion_logprobs(tree), *logprobs_and_kl(backbone, ITEMS))
-    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-6)
 
 
 def base_logprobs(model, item: Item, completion: tuple[int, ...]) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policypatch.model.tree import Item, build_tree, common_prefix
+from policypatch.model.tree import PASS, Cost, Item, build_tree, common_prefix
 
 # Common prefix (7,). Item 0 adds a prompt of 2 and completions of 2 and 1 token, item 1 a prompt of 1 and 1 token.
 ITEMS = [Item((7, 1, 2), ((3, 4), (5,))), Item((7, 9), ((6,),))]
@@ -57,7 +57,7 @@ def test_one_row_by_hand():
     assert tree.source_row.tolist() == [0, 0, 0, 0]
     # 3 and 5 are predicted where the prompt ends (column 1), 4 by 3 (column 2), 6 by 9 (column 5).
     assert tree.source_col.tolist() == [1, 2, 1, 5]
-    assert tree.tokens == 1 + 7
+    assert (tree.tokens, tree.padding) == (1 + 7, 0)
 
 
 def test_two_rows_by_hand():
@@ -69,6 +69,7 @@ def test_two_rows_by_hand():
     assert tree.targets.tolist() == [3, 4, 5, 6]
     assert tree.source_row.tolist() == [0, 0, 0, 1]
     assert tree.source_col.tolist() == [1, 2, 1, 0]
+    assert (tree.tokens, tree.padding) == (1 + 10, 3)
 
 
 def test_prompt_that_is_all_root_points_at_the_roots_last_state():
@@ -81,11 +82,12 @@ def test_prompt_that_is_all_root_points_at_the_roots_last_state():
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9),
     st.integers(1, 40),
+    st.sampled_from([None, Cost(4), Cost(64, 5)]),
 )
-def test_rows_hold_every_item_once_within_the_limit(lengths, limit):
+def test_rows_hold_every_item_once_within_the_limit(lengths, limit, cost):
     # Different first tokens, so nothing is shared and the sizes are what stands here.
     items = [Item((i + 1,) * p, ((100 + i,) * c,)) for i, (p, c) in enumerate(lengths)]
-    tree = build_tree(items, limit)
+    tree = build_tree(items, limit, cost)
     shared = lengths[0][0] if len(items) == 1 else 0
     sizes = [p - shared + c for p, c in lengths]
     assert tree.ids.shape[1] <= max(limit, *sizes)
@@ -98,6 +100,23 @@ def test_rows_hold_every_item_once_within_the_limit(lengths, limit):
 def test_one_long_item_does_not_give_every_other_a_row_of_its_own():
     items = [Item((1,), ((2,) * 20,))] + [Item((3, i), ((4,),)) for i in range(10)]  # 21 and 10 x 3 tokens
     assert build_tree(items, 8).ids.shape == (3, 21)  # 51 tokens in rows of 21
+
+
+def test_cost_by_hand():
+    cost = Cost(width=10, front=4)  # 30 keys cost what a token does
+    assert cost(6, 1, 20) == 30 + 30 * 30 / 30
+    assert cost(6, 3, 20) == PASS + 10 + 10 * 10 / 30 + 60 * (1 + 30 / 30)
+
+
+def test_rows_are_as_many_as_cost_least():
+    items = [Item((i,), ((100,) * 49,)) for i in range(8)]  # eight rows of 50 tokens, or one of 400, or in between
+    costs = {rows: Cost(8)(0, rows, 400 // rows) for rows in (1, 2, 4, 8)}
+    assert min(costs, key=costs.__getitem__) == 8  # attention costs most at this width
+    assert build_tree(items, 512, Cost(8)).ids.shape == (8, 50)
+    assert build_tree(items, 512, Cost(10_000)).ids.shape == (1, 400)  # and next to nothing at that one
+    assert build_tree(items, 100).ids.shape == (4, 100)  # nobody asked what it costs: the fewest within the limit
+    uneven = [Item((i,), ((100,) * (9 if i else 99),)) for i in range(4)]  # 100 tokens and 3 x 10
+    assert build_tree(uneven, 512, Cost(64)).ids.shape == (1, 130)  # another row would be padding
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+"""Over the vocabulary in blocks: what is asked of a token's distribution, without holding its logits.
+
+The logits of N positions are N x V numbers, 140 MB for 704 positions of the default base, and autograd would hold them
+and their softmax until the backward pass. Here a block of the vocabulary is computed, taken into running sums as flash
+attention does (a maximum that grows, what was summed before rescaled), and forgotten. The gradient with respect to a
+position's state depends on nothing that comes later but a factor, so it is summed in the same pass, and `backward` is
+a multiplication. Memory is N x D and a block, whatever V is, and blocks that stay in the processor's cache multiply
+faster.
+
+The head is taken to be frozen, as everything of a base is: its weights get no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+BLOCK = 2**19  # logits at once: 2 MB in float32
+LEAST = 256  # words in a block, however many positions there are
+
+
+def finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What some models do to their logits after the head, in their own forward."""
+    return _finished(model, logits)[0]
+
+
+def token_logprobs(model: PreTrainedModel, states: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of a token at each position: (N,) float32, differentiable in the states.
+
+    Args:
+        model: whose head it is.
+        states: (N, D) last hidden states.
+        targets: (N,) token ids.
+    """
+    found: Tensor = _Logprobs.apply(states, targets, model)
+    return found
+
+
+def token_divergence(model: PreTrainedModel, states: Tensor, base_states: Tensor) -> Tensor:
+    """KL(base || ours) of the next token at each position: (N,) float32 in nats, differentiable in `states`.
+
+    Args:
+        model: whose head it is.
+        states: (N, D) last hidden states.
+        base_states: (N, D) of the base, which get no gradient.
+    """
+    found: Tensor = _Divergence.apply(states, base_states, model)
+    return found
+
+
+class _Logprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, model: PreTrainedModel) -> Tensor:
+        ours, head = _Softmax(states), model.get_output_embeddings().weight
+        own = states.new_empty(len(states), dtype=torch.float32)
+        own_slope = torch.ones_like(own)
+        for start, weight, logits, slope in _blocks(model, states):
+            here = ((targets >= start) & (targets < start + len(weight))).nonzero()[:, 0]
+            own[here] = logits[here, targets[here] - start]
+            own_slope[here] = slope[here, targets[here] - start] if isinstance(slope, Tensor) else slope
+            ours.add(logits, slope, weight if ctx.needs_input_grad[0] else None)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((own_slope[:, None] * head[targets] - ours.mean()).to(states.dtype))
+        return own - ours.normaliser()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        return _scaled(ctx, outer[0]), None, None
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, base_states: Tensor, model: PreTrainedModel) -> Tensor:
+        ours, base = _Softmax(states), _Softmax(states)
+        gap = states.new_zeros(len(states), dtype=torch.float32)  # sum of base weights x (base logit - our logit)
+        blocks = zip(_blocks(model, states), _blocks(model, base_states), strict=True)
+        for (_, weight, logits, slope), (_, _, base_logits, _) in blocks:
+            wanted = weight if ctx.needs_input_grad[0] else None
+            difference = base_logits - logits
+            weights, shrink = base.add(base_logits, slope, wanted)
+            gap = gap * shrink + (weights * difference).sum(1)
+            ours.add(logits, slope, wanted)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((ours.mean() - base.mean()).to(states.dtype))
+        return gap / base.total - base.normaliser() + ours.normaliser()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        return _scaled(ctx, outer[0]), None, None
+
+
+def _scaled(ctx: Any, outer: Tensor) -> Tensor:
+    (gradient,) = ctx.saved_tensors
+    return (outer[:, None] * gradient).to(gradient.dtype)
+
+
+class _Softmax:
+    """A distribution (N rows) over a vocabulary that comes in blocks."""
+
+    def __init__(self, states: Tensor):
+        self.highest = states.new_full((len(states),), -torch.inf, dtype=torch.float32)
+        self.total = torch.zeros_like(self.highest)  # of exp(logit - highest)
+        self._sum = torch.zeros_like(states, dtype=torch.float32)  # of that x the gradient of the logit
+
+    def add(self, logits: Tensor, slope: Tensor | float, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Take in a block.
+
+        Args:
+            logits: (N, B), which are written over.
+            slope: of the finished logits in the head's, (N, B) or for all of them.
+            weight: (B, D) of the head, where `mean` will be asked for.
+
+        Returns:
+            exp(logit - highest), (N, B), and what sums of such weights that were made before are to be multiplied
+            by, (N,).
+        """
+        highest = torch.maximum(self.highest, logits.amax(1))
+        shrink = (self.highest - highest).exp()
+        weights = logits.sub_(highest[:, None]).exp_()
+        self.highest, self.total = highest, self.total * shrink + weights.sum(1)
+        if weight is not None:
+            plain = isinstance(slope, float) and slope == 1
+            self._sum.mul_(shrink[:, None]).add_((weights if plain else weights * slope).to(weight.dtype) @ weight)
+        return weights, shrink
+
+    def normaliser(self) -> Tensor:
+        """(N,) the logarithm of the sum of exp(logit)."""
+        return self.highest + self.total.log()
+
+    def mean(self) -> Tensor:
+        """(N, D) the gradient of a logit with respect to the state, in the mean over the distribution."""
+        return self._sum / self.total[:, None]
+
+
+def _blocks(model: PreTrainedModel, states: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor | float]]:
+    """The vocabulary's blocks: where each begins, its weights (B, D), finished logits (N, B) float32, their slope."""
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    size = max(LEAST, BLOCK // max(1, len(states)))
+    for start in range(0, len(head.weight), size):
+        weight = head.weight[start : start + size]
+        logits = torch.nn.functional.linear(states, weight, None if bias is None else bias[start : start + size])
+        yield start, weight, *_finished(model, logits.float())
+
+
+def _finished(model: PreTrainedModel, logits: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Logits as the model's own forward returns them, and their slope in what the head gave."""
+    config, slope = model.config, 1.0
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere (Aya)
+        logits, slope = logits * scale, slope * scale
+    if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits, slope = logits / scale, slope / scale
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+        share = torch.tanh(logits / cap)
+        return cap * share, slope * (1 - share**2)
+    return logits, slope
