@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from policypatch import export_commands, patch_commands, serve_command
+from policypatch.commands import export, patch, serve
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate import judge_quality as quality
 from policypatch.files.atomic import write_json
@@ -109,7 +109,7 @@ def add(command: Callable[..., None], name: str | None = None) -> None:
     app.command(name)(sentence(command))
 
 
-for commands in (patch_commands, export_commands, serve_command):
+for commands in (patch, export, serve):
     commands.register(add)
 
 

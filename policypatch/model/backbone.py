@@ -221,6 +221,18 @@ def sliding_window(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "sliding_window", None) or None
 
 
+def same_positions(model: PreTrainedModel) -> int | None:
+    """How far positions go before rotary frequencies depend on the longest row of a batch; None: never.
+
+    Beyond, what is computed for a row depends on who else is there.
+    """
+    rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) not in ("longrope", "dynamic"):
+        return None
+    own = getattr(model.config, "original_max_position_embeddings", None)
+    return rope.get("original_max_position_embeddings") or own or model.config.max_position_embeddings
+
+
 def sum_by_sequence(values: Tensor, tree: Tree) -> Tensor:
     """Sum per-token values (N,) over each completion: (S,)."""
     return torch.zeros(tree.sequences, dtype=values.dtype, device=values.device).index_add(0, tree.sequence, values)

@@ -15,20 +15,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.backbone import sliding_window
+from policypatch.model.backbone import same_positions, sliding_window
 from policypatch.model.base import Base
 from policypatch.model.decode import row_key
 from policypatch.model.sampling import Sampling, next_tokens, uniforms
-from policypatch.model.tree import common_prefix
-from policypatch.serve.slots import Slots, prefix_cache
+from policypatch.serve.roots import Roots
+from policypatch.serve.slots import Slots
 from policypatch.serve.text import Writer
 
 log = logging.getLogger(__name__)
 KEPT = 2  # times the context: positions whose keys and values are kept for requests to come
-WORTH = 8  # tokens that prompts must share beyond what is known before that is computed apart
 AT_ONCE = 512  # tokens of prompts that are read in a round, by which the others' next token is late
 
 
@@ -89,16 +87,16 @@ class Engine:
         context: int | None = None,
         waiting: int = 64,
     ):
-        known = (base.context, sliding_window(base.model), _one_rope(base.model), context)
+        known = (base.context, sliding_window(base.model), same_positions(base.model), context)
         limits = [limit for limit in known if limit is not None]
         self.base, self.patches, self.context, self.waiting = base, dict(patches), min(limits, default=4096), waiting
         self.slots = Slots(base.model, rows, self.context)
         self.queue: deque[Job] = deque()
         self.running: list[_Running] = []
-        self._roots: dict[tuple[tuple[str, ...], tuple[int, ...]], DynamicCache] = {}
-        self._last: dict[tuple[str, ...], Sequence[int]] = {}
+        self.roots = Roots(base, self.patches, KEPT * self.context)
         self._wake = threading.Condition()
-        self._stopping = self._abandoned = False
+        self.stopping = False  # no more requests are taken
+        self._abandoned = False
         self._thread: threading.Thread | None = None
 
     def check(self, prompt: Sequence[int], stack: Sequence[str], most: int | None) -> int:
@@ -131,8 +129,8 @@ class Engine:
             BusyError: as many wait as may, or the engine is stopping.
         """
         with self._wake:
-            if self._stopping or not self.alive:
-                raise BusyError("the server is stopping" if self._stopping else "the server has failed: restart it")
+            if self.stopping or not self.alive:
+                raise BusyError("the server is stopping" if self.stopping else "the server has failed: restart it")
             for gone in [waiting for waiting in self.queue if waiting.cancelled]:
                 self.queue.remove(gone)
                 self._tell(gone, "", "cancelled")
@@ -140,11 +138,6 @@ class Engine:
                 raise BusyError(f"{len(self.queue)} requests are waiting: try again in a moment")
             self.queue.append(job)
             self._wake.notify()
-
-    @property
-    def stopping(self) -> bool:
-        """Whether no more requests are taken."""
-        return self._stopping
 
     @property
     def full(self) -> bool:
@@ -164,7 +157,7 @@ class Engine:
     def stop(self, patience: float = 10.0) -> None:
         """Take no more requests; end when those that are there are answered, or after `patience` seconds."""
         with self._wake:
-            self._stopping = True
+            self.stopping = True
             self._wake.notify()
         if self._thread is not None:
             self._thread.join(patience)
@@ -174,9 +167,9 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._wake:
-                while not (self.queue or self.running or self._stopping):
+                while not (self.queue or self.running or self.stopping):
                     self._wake.wait()
-                if self._stopping and not (self.queue or self.running):
+                if self.stopping and not (self.queue or self.running):
                     return
             try:
                 self.round()
@@ -209,7 +202,7 @@ class Engine:
             steps = job.sampling.max_new_tokens if job.sampling.temperature else 0
             draws = uniforms(job.seed, [row_key(job.prompt, 0)], steps)[0]
             running = _Running(job, Writer(self.base, job.prompt, job.stop), draws)
-            root, read = self._root(job)
+            root, read = self.roots.of(job.stack, job.prompt)
             logits = self.slots.enter(root, job.prompt[read:])
             self.running.append(running)
             job.first = time.monotonic()
@@ -220,33 +213,6 @@ class Engine:
                 self._end(entered, "error")
             else:
                 self._tell(job, "", "error")
-
-    def _root(self, job: Job) -> tuple[DynamicCache | None, int]:
-        """Keys and values of the stack and of the longest known beginning of the prompt, and tokens of that beginning.
-
-        What a stack's last two prompts began with (a chat's system message) is taken for what the next ones begin with.
-        Roots are computed when they are first asked for; those asked for long ago are dropped.
-        """
-        prompt, last = job.prompt, self._last.get(job.stack, ())
-        self._last[job.stack] = prompt
-        common = min(common_prefix([prompt, last]), len(prompt) - 1)
-        known = [key for key in self._roots if key[0] == job.stack and tuple(prompt[: len(key[1])]) == key[1]]
-        best = max(known, key=lambda key: len(key[1]), default=(job.stack, ()))
-        best = (job.stack, best[1] if len(best[1]) < len(prompt) else ())
-        if common >= len(best[1]) + WORTH:
-            best = (job.stack, tuple(prompt[:common]))
-        if best == ((), ()):
-            return None, 0
-        root = self._roots.pop(best, None)
-        if root is None:
-            model = self.base.model
-            parts = [self.patches[name].to(model.device, model.dtype) for name in job.stack]
-            parts.append(model.get_input_embeddings()(torch.tensor(best[1], dtype=torch.long, device=model.device)))
-            root = prefix_cache(model, torch.cat(parts))
-        self._roots[best] = root
-        while len(self._roots) > 1 and sum(map(_length, self._roots.values())) > KEPT * self.context:
-            del self._roots[next(iter(self._roots))]
-        return root, len(best[1])
 
     def _written(self, slots: Sequence[int], logits: Tensor) -> None:
         """Draw the next token of these slots from logits (n, V); end those that have ended."""
@@ -304,19 +270,3 @@ class Engine:
         except Exception:  # a closed event loop, mostly: the server is going down, or the client's connection went
             log.exception("an answer could not be handed over")
             job.cancelled = True
-
-
-def _length(prefix: DynamicCache) -> int:
-    return int(prefix.get_seq_length())
-
-
-def _one_rope(model: PreTrainedModel) -> int | None:
-    """How far positions go before a model's rotary frequencies depend on the longest row of a batch; None: never.
-
-    Beyond, a request's answer would depend on who else is there.
-    """
-    rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) not in ("longrope", "dynamic"):
-        return None
-    own = getattr(model.config, "original_max_position_embeddings", None)
-    return rope.get("original_max_position_embeddings") or own or model.config.max_position_embeddings

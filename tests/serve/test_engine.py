@@ -214,10 +214,10 @@ def test_a_thread_that_died_is_known(engine: Engine, monkeypatch):
 
 
 def test_stacks_that_are_kept_take_bounded_room(engine: Engine):
-    engine.context = 5
+    engine.roots.room = 10
     for stack in (*STACKS, *STACKS):
         answered(engine, [job(1, stack)])
-    assert sum(root.get_seq_length() for root in engine._roots.values()) <= 10
+    assert sum(root.get_seq_length() for root in engine.roots._kept.values()) <= 10
 
 
 def test_what_prompts_begin_with_is_read_once(engine: Engine, alone, monkeypatch):

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from policypatch.commands.base import MODEL, Register, base_of, model_config
 from policypatch.errors import PolicyPatchError
-from policypatch.patch_commands import Register, base_of, model_config
 
 if TYPE_CHECKING:
     from policypatch.export.words import Words
 
 console = Console(soft_wrap=True, highlight=False)
-MODEL = "base: a folder, a GGUF file, a hub id, or a name of conf/model/"
 
 
 class Target(StrEnum):

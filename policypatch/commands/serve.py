@@ -10,9 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from policypatch.commands.base import MODEL, Register, base_of
 from policypatch.errors import PolicyPatchError
-from policypatch.export_commands import MODEL
-from policypatch.patch_commands import Register, base_of
 
 console = Console(soft_wrap=True, highlight=False)
 KEY_LENGTH = 16  # characters that a key must have at least

@@ -8,10 +8,10 @@ import torch
 from typer.testing import CliRunner
 
 from policypatch.cli import app
+from policypatch.commands.patch import distance, figures_that_differ, settings_that_differ
 from policypatch.model.base import Base
 from policypatch.patch.artifact import VECTORS, Patch, digest, save
 from policypatch.patch.manifest import Manifest
-from policypatch.patch_commands import distance, figures_that_differ, settings_that_differ
 
 ROW = {"risk": "toxicity", "split": "rtp", "metric": "toxic_rate", "judge": "svm", "low": 0.1, "high": 0.3, "n": 50}
 

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from policypatch.commands.base import MODEL, Register, base_of
 from policypatch.errors import PolicyPatchError
-from policypatch.home import CONF
 
 PatchFolder = Annotated[Path, typer.Argument(help="a patch's folder")]
 console = Console(soft_wrap=True, highlight=False)
-
-
-class Register(Protocol):
-    """Adds a command, under a name of its own where that is given."""
-
-    def __call__(self, command: Callable[..., None], name: str | None = None) -> None:
-        """Add it."""
 
 
 def register(add: Register) -> None:
@@ -73,7 +66,7 @@ def diff(
 def verify(
     patch: PatchFolder,
     key: Annotated[Path | None, typer.Option(help="public key that must have signed it")] = None,
-    model: Annotated[str | None, typer.Option(help="base: a folder, a hub id, or a name of conf/model/")] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     allow_mismatch: Annotated[list[str] | None, typer.Option(help="digest of the base that may differ")] = None,
 ) -> None:
     """Check that a patch is whole, signed by whom you trust, and made for your base."""
@@ -173,35 +166,3 @@ def distance(a: Any, b: Any) -> str:
     apart, length = (a - b).norm(dim=1).mean().item(), a.norm(dim=1).mean().item()
     cosine = (a * b).sum(1).div((a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-12)).mean().item()
     return f"vectors: {apart:.3g} apart on average, of a length of {length:.3g}; mean cosine {cosine:.3f}"
-
-
-def base_of(model: str, dtype: str = "auto") -> Any:
-    """The base that a command line names.
-
-    Raises:
-        PolicyPatchError: it cannot be had or does not load.
-    """
-    from policypatch.logs import quiet_libraries
-    from policypatch.model.base import load_base
-
-    quiet_libraries()
-    config = model_config(model)
-    if dtype != "auto":  # what the base's own file says stands otherwise
-        config.dtype = dtype
-    return load_base(config)
-
-
-def model_config(model: str) -> Any:
-    """The base that a command line names, as `conf/model/` describes one."""
-    from omegaconf import OmegaConf
-
-    known = CONF / "model" / f"{model}.yaml"
-    if known.is_file():
-        return OmegaConf.load(known)
-    options: dict[str, Any] = {"name": model, "source": None, "path": None, "dtype": "auto", "device": "auto"}
-    options |= {"attention": "sdpa", "quantize": None}
-    if Path(model).expanduser().exists():
-        options["path"] = model
-    else:
-        options["source"] = {"hub": model}
-    return OmegaConf.create(options)

@@ -1,0 +1,50 @@
+"""What commands share: how they are added, and the base that a command line names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from policypatch.home import CONF
+
+MODEL = "base: a folder, a GGUF file, a hub id, or a name of conf/model/"
+
+
+class Register(Protocol):
+    """Adds a command, under a name of its own where that is given."""
+
+    def __call__(self, command: Callable[..., None], name: str | None = None) -> None:
+        """Add it."""
+
+
+def base_of(model: str, dtype: str = "auto") -> Any:
+    """The base that a command line names.
+
+    Raises:
+        PolicyPatchError: it cannot be had or does not load.
+    """
+    from policypatch.logs import quiet_libraries
+    from policypatch.model.base import load_base
+
+    quiet_libraries()
+    config = model_config(model)
+    if dtype != "auto":  # what the base's own file says stands otherwise
+        config.dtype = dtype
+    return load_base(config)
+
+
+def model_config(model: str) -> Any:
+    """The base that a command line names, as `conf/model/` describes one."""
+    from omegaconf import OmegaConf
+
+    known = CONF / "model" / f"{model}.yaml"
+    if known.is_file():
+        return OmegaConf.load(known)
+    options: dict[str, Any] = {"name": model, "source": None, "path": None, "dtype": "auto", "device": "auto"}
+    options |= {"attention": "sdpa", "quantize": None}
+    if Path(model).expanduser().exists():
+        options["path"] = model
+    else:
+        options["source"] = {"hub": model}
+    return OmegaConf.create(options)
