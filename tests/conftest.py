@@ -92,3 +92,17 @@ def tiny_base(tiny_base_folder: Path) -> Base:
     """The folder loaded as a run loads it, in float32."""
     options = {"revision": None, "dtype": "float32", "device": "cpu", "attention": "sdpa", "quantize": None}
     return load_base(OmegaConf.create({"name": "tiny", "source": None, "path": str(tiny_base_folder), **options}))
+
+
+@pytest.fixture
+def go(tiny_base_folder: Path, tmp_path: Path):
+    """A toxicity run in a folder below tmp_path; keyword arguments are changes of `tiny_run.overrides`."""
+    from tiny_run import composed, overrides
+
+    from policypatch.pipeline import run
+
+    def start(name: str = "run", /, **changes):
+        arguments = overrides(tiny_base_folder, tmp_path, **changes)
+        return run(composed(arguments), tmp_path / name, "patch.length=3", arguments)
+
+    return start
