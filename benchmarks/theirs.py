@@ -1,0 +1,124 @@
+"""The same training step by TRL's trainers with PEFT prompt tuning.
+
+The token ids are handed over as they are, so that both sides see the same sequences. Forward, reference and backward
+are the trainer's own `training_step`; clipping and logging, which both sides have, are left out on both.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PromptTuningConfig, TaskType
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from benchmarks.workload import BETA, LEARNING_RATE, Workload
+from policypatch.data.datamodule import Example
+from policypatch.model.base import Base
+
+
+class _AsTheyAre:
+    """The dataset holds token ids already."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+
+class _DPO(_AsTheyAre, DPOTrainer):
+    pass
+
+
+class _SFT(_AsTheyAre, SFTTrainer):
+    pass
+
+
+class Theirs:
+    """One stage on a base of its own: PEFT wraps the model that it is given.
+
+    Args:
+        base: loaded.
+        work: what a step is.
+        stage: `sft` or `dpo`.
+        steps: different batches, which are taken in order and then again.
+        precomputed: the reference is computed once, before the first step.
+        checkpointing: of activations, as TRL does by default; without it a step takes more memory and less time.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        work: Workload,
+        stage: str,
+        steps: int = 1,
+        precomputed: bool = False,
+        checkpointing: bool = True,
+    ):
+        examples = work.examples(base, steps)
+        self._folder = tempfile.TemporaryDirectory()
+        settings: dict[str, Any] = {
+            "output_dir": self._folder.name,
+            "per_device_train_batch_size": work.pairs,
+            "learning_rate": LEARNING_RATE,
+            "gradient_checkpointing": checkpointing,
+            "bf16": base.model.dtype == torch.bfloat16,
+            "use_cpu": base.model.device.type == "cpu",
+            "report_to": [],
+            "disable_tqdm": True,
+        }
+        tuning = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=work.patch)
+        shared = {"model": base.model, "processing_class": base.tokenizer, "peft_config": tuning}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if stage == "dpo":
+                args = DPOConfig(**settings, beta=BETA, max_length=None, precompute_ref_log_probs=precomputed)
+                self.trainer = _DPO(args=args, train_dataset=_preferences(examples), **shared)
+            else:
+                args = SFTConfig(**settings, max_length=None)
+                self.trainer = _SFT(args=args, train_dataset=_prompts(examples), **shared)
+        self.trainer.current_gradient_accumulation_steps = 1  # `train` sets it
+        self.model = self.trainer.model
+        self.model.train()
+        (prompt,) = self.model.prompt_encoder.values()
+        self.vectors: Tensor = prompt.embedding.weight
+        with torch.no_grad():
+            self.vectors.copy_(work.vectors(base))
+        rows = [self.trainer.train_dataset[i] for i in range(len(examples))]
+        self._batches = [rows[i : i + work.pairs] for i in range(0, len(rows), work.pairs)]
+        self.optimiser = torch.optim.AdamW([self.vectors], lr=LEARNING_RATE, weight_decay=0.0)
+        self._step = 0
+
+    def step(self) -> float:
+        """The loss before the step."""
+        loss = self.backward()
+        self.optimiser.step()
+        self._step += 1
+        return loss
+
+    def backward(self) -> float:
+        """The loss of the batch whose turn it is; its gradient is in `vectors` then, and nothing has moved."""
+        self.optimiser.zero_grad()
+        batch = self.trainer.data_collator(self._batches[self._step % len(self._batches)])
+        return float(self.trainer.training_step(self.model, batch).detach())
+
+
+def _preferences(examples: Sequence[Example]) -> Dataset:
+    return Dataset.from_list(
+        [
+            {"prompt_ids": list(e.item.prompt), "chosen_ids": list(chosen), "rejected_ids": list(rejected)}
+            for e in examples
+            for chosen, rejected in (e.item.completions,)
+        ]
+    )
+
+
+def _prompts(examples: Sequence[Example]) -> Dataset:
+    rows = []
+    for example in examples:
+        prompt, chosen = example.item.prompt, example.item.completions[0]
+        rows.append({"input_ids": [*prompt, *chosen], "labels": [-100] * len(prompt) + list(chosen)})
+    return Dataset.from_list(rows)

@@ -1,0 +1,37 @@
+"""Timing two ways of the same work in turn: the machine's noise hits both alike, so the ratio of neighbours counts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+Spread = dict[str, float]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, min and max."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def in_turn(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each function, called one after the other, `repeats` times after a first one that allocates."""
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            seconds[name].append(timed(function))
+    return seconds
+
+
+def ratio(of: Sequence[float], to: Sequence[float]) -> Spread:
+    """Of neighbouring runs."""
+    return spread([a / b for a, b in zip(of, to, strict=True)])

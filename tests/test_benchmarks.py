@@ -1,0 +1,73 @@
+"""What the benchmark compares is the same work: TRL with PEFT trains a tiny base to the losses that ours does."""
+
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import ROOT
+
+from policypatch.model.base import Base, load_base
+
+sys.path.insert(0, str(ROOT))
+from benchmarks.decoding import overhead, sampling
+from benchmarks.figure import draw_growth
+from benchmarks.floor import operations
+from benchmarks.ours import Ours
+from benchmarks.theirs import Theirs
+from benchmarks.timing import in_turn, ratio
+from benchmarks.training import agreement, followed
+from benchmarks.workload import Workload
+
+WORK = Workload(pairs=3, prompt=8, completion=5, patch=4)
+
+
+@pytest.fixture
+def load(tiny_base_folder: Path):
+    from omegaconf import OmegaConf
+
+    options = {"name": "tiny", "path": str(tiny_base_folder), "source": None, "dtype": "float32", "device": "cpu"}
+    return lambda: load_base(OmegaConf.create(options | {"attention": "sdpa", "quantize": None}))
+
+
+@pytest.mark.parametrize(("stage", "options"), [("sft", {}), ("dpo", {}), ("dpo", {"precomputed": True})])
+def test_both_sides_compute_the_same(stage: str, options: dict, load):
+    ours, theirs = Ours(load(), WORK, stage, 4), Theirs(load(), WORK, stage, 4, **options)
+    before = ours.vectors.detach().clone()
+    assert max(agreement(ours, theirs).values()) < 1e-4
+    assert followed(ours, theirs, 20) < 1e-3
+    assert not torch.equal(ours.vectors, before)
+    torch.testing.assert_close(ours.vectors, theirs.vectors, rtol=1e-2, atol=1e-3)
+
+
+def test_operations_by_hand(load):
+    base: Base = load()
+    ours = Ours(base, WORK, "dpo")
+    tree = ours.batch().tree
+    width, hidden, layers, words = 64, base.model.config.intermediate_size, 3, base.embedding.shape[0]
+    layer = width * (width + 32 + 32 + width) + 3 * width * hidden  # two key-value heads for four
+    tokens = 4 + tree.tokens - tree.padding
+    assert operations(base.model, tree, 4) == 4 * (tokens * layers * layer + 3 * 2 * 5 * words * width)
+
+
+def test_a_ratio_is_of_neighbours():
+    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+    calls: list[str] = []
+    seconds = in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b"] * 3 and [len(of) for of in seconds.values()] == [2, 2]
+
+
+def test_every_way_of_answering_is_timed(load):
+    found = overhead(load, 1, new_tokens=4)
+    assert set(found) == {"plain", "patched", "peft", "lora_unmerged", "lora_merged"}
+    assert all(of["per_token"]["median"] > 0 for of in found.values())
+    assert found["plain"]["per_token"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert sampling(load(), 1, new_tokens=3)["ratio"]["median"] > 0
+
+
+def test_growth_is_drawn(tmp_path: Path):
+    spread = {"median": 1.0, "min": 0.5, "max": 2.0}
+    sizes = {size: {"seconds": spread, "floor_s": 0.4} for size in ("1", "10")}
+    draw_growth({"pairs": sizes, "patch": sizes}, tmp_path / "growth.svg")
+    assert ET.parse(tmp_path / "growth.svg").getroot().tag.endswith("svg")
