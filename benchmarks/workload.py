@@ -48,7 +48,8 @@ class Workload:
     def vectors(self, base: Base) -> Tensor:
         """(P, D) embeddings of words, as a patch begins."""
         random = torch.Generator().manual_seed(1)
-        return base.embedding[torch.randint(0, len(base.embedding), (self.patch,), generator=random)].detach().float().clone()
+        words = torch.randint(0, len(base.embedding), (self.patch,), generator=random)
+        return base.embedding[words].detach().float().clone()
 
     def __str__(self) -> str:
         """In words."""
