@@ -77,6 +77,7 @@ CHOICES = {
     "logger.kind": ("wandb", "csv"),
     "trainer.accelerator": ("cpu", "gpu"),
 }
+SWITCHES = ("sft.enabled", "dpo.enabled", "evaluate.after_sft", "trainer.recompute")
 OPTIONAL_CHOICES = {"logger.mode": ("offline", "online", "shared", "disabled")}
 PATTERNS = {
     "name": (
@@ -114,20 +115,19 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is None or not re.fullmatch(pattern, str(value), re.ASCII):
             raise PolicyPatchError(f"{key} is {value!r}: give {what}")
+    for key in SWITCHES:
+        if not isinstance(value := OmegaConf.select(cfg, key), bool):
+            raise PolicyPatchError(f"{key} is {value!r}: choose true or false")
     for stage in ("sft", "dpo"):
         betas = cfg[stage].betas
         if not (OmegaConf.is_list(betas) and len(betas) == 2 and all(_is_share(b) for b in betas)):
             raise PolicyPatchError(f"{stage}.betas is {betas}: give two numbers, at least 0 and less than 1")
-        if not isinstance(cfg[stage].enabled, bool):
-            raise PolicyPatchError(f"{stage}.enabled is {cfg[stage].enabled!r}: choose true or false")
     for key in ("evaluate.costs.prompts", "evaluate.costs.batches"):
         numbers = OmegaConf.select(cfg, key)
         if not OmegaConf.is_list(numbers):
             raise PolicyPatchError(f"{key} is {numbers!r}: give a list of whole numbers, [] for none")
         for number in numbers:
             Number(least=1, whole=True).check(key, number)
-    if not isinstance(cfg.evaluate.after_sft, bool):
-        raise PolicyPatchError(f"evaluate.after_sft is {cfg.evaluate.after_sft!r}: choose true or false")
     if not (cfg.sft.enabled or cfg.dpo.enabled):
         raise PolicyPatchError("sft.enabled and dpo.enabled are both false: there is nothing to train")
     if cfg.dpo.enabled and cfg.dpo.reference == "sft" and not cfg.sft.enabled:

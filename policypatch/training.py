@@ -51,6 +51,7 @@ def trained_arms(
         save_pairs(folder / "pairs.jsonl", pair_set.pairs)
         examples = _encoded(cfg, base, pair_set)
     backbone = method.start(base, cfg.seed, cfg.row_tokens)
+    backbone.recompute = cfg.trainer.recompute
     if cfg.sft.enabled:
         with clock("sft"):
             data = _data(cfg, cfg.sft, examples, backbone, 1)

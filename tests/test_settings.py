@@ -197,6 +197,7 @@ def test_an_unknown_option_lists_those_there_are(argument: str, options: str):
         (["data.benign_share=half"], ["data.benign_share is 'half'", "number"]),
         (["kl.weight=-1"], ["kl.weight is -1", "at least 0"]),
         (["kl.weight=null"], ["kl.weight is None"]),
+        (["trainer.recompute=1"], ["trainer.recompute is 1", "true or false"]),
         (["evaluate.after_sft=maybe"], ["evaluate.after_sft is 'maybe'", "true or false"]),
         (["texts.rows=-1"], ["texts.rows is -1", "at least 0"]),
         (["balance.weight=-0.5"], ["balance.weight is -0.5", "at least 0"]),

@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from policypatch.errors import PolicyPatchError
 from policypatch.model.head import finish_logits, token_divergence, token_logprobs
+from policypatch.model.packed import packed_states
 from policypatch.model.tree import Cost, Item, Tree, build_tree
 
 
@@ -26,6 +27,11 @@ class PrefixBackbone(nn.Module):
         model: a transformers causal LM; its parameters are frozen here and it stays in eval mode.
         vectors: (P, D) the patch's starting values; P = 0 gives the base itself.
         max_row_tokens: see `build_tree`.
+
+    Attributes:
+        patch: (P, D) float32, what is trained.
+        recompute: a layer's activations are computed again in the backward pass rather than kept. With adapters that
+            are switched (`policypatch.model.lora`) the switch has to stay as it was until then (`at_work`).
     """
 
     patch: nn.Parameter
@@ -41,6 +47,7 @@ class PrefixBackbone(nn.Module):
         self._frozen = [freeze(model)]
         self.patch = nn.Parameter(vectors.detach().clone().float())
         self.max_row_tokens = max_row_tokens
+        self.recompute = False
 
     @property
     def model(self) -> PreTrainedModel:
@@ -113,7 +120,7 @@ class PrefixBackbone(nn.Module):
 
     def _hidden(self, tree: Tree, patch: Tensor) -> Tensor:
         root = self._root_embeddings(tree, patch)
-        n_root, one_row = root.shape[0], tree.ids.shape[0] == 1
+        n_root = root.shape[0]
         embeddings = self.model.get_input_embeddings()(tree.ids)
         positions = tree.offsets + n_root
         self._check_length(int(positions.max()) + 1)
@@ -121,10 +128,7 @@ class PrefixBackbone(nn.Module):
             raise PolicyPatchError(
                 "a prompt has no tokens and no patch stands before it: nothing predicts its completion"
             )
-        if one_row or n_root == 0:
-            states = self._one_pass(root, embeddings, positions, tree.allowed)
-        else:
-            states = self._shared_root_pass(root, embeddings, positions, tree.allowed)
+        states = packed_states(self.model, root, embeddings, positions, tree.allowed, self.recompute)
         # Column -1 (a completion straight after the root) lands on the root's last state.
         return states[tree.source_row, tree.source_col + n_root]
 
@@ -147,56 +151,6 @@ class PrefixBackbone(nn.Module):
         tokens = self.model.get_input_embeddings()(tree.root)
         return torch.cat([patch.to(tokens.dtype), tokens])
 
-    def _one_pass(self, root: Tensor, embeddings: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """Everything in one forward: root and the packed tokens in the same row. (R, n + T, D)."""
-        rows, width, n = *allowed.shape[:2], root.shape[0]
-        full = torch.zeros(rows, n + width, n + width, dtype=torch.bool, device=allowed.device)
-        full[:, :n, :n] = torch.ones(n, n, dtype=torch.bool, device=allowed.device).tril()
-        full[:, n:, :n] = True
-        full[:, n:, n:] = allowed
-        ahead = torch.arange(n, device=positions.device).expand(rows, n)
-        output = self._decoder()(
-            inputs_embeds=torch.cat([root.expand(rows, *root.shape), embeddings], 1),
-            attention_mask=self._additive(full),
-            position_ids=torch.cat([ahead, positions], 1),
-            use_cache=False,
-        )
-        return output.last_hidden_state
-
-    def _shared_root_pass(self, root: Tensor, embeddings: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """Root once at batch 1, with gradient; every row attends to its keys and values. (R, n + T, D)."""
-        rows, width, n = *allowed.shape[:2], root.shape[0]
-        causal = torch.ones(1, n, n, dtype=torch.bool, device=allowed.device).tril()
-        cache = DynamicCache()
-        first = self._decoder()(
-            inputs_embeds=root[None],
-            attention_mask=self._additive(causal),
-            position_ids=torch.arange(n, device=allowed.device)[None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        for layer in cache.layers:  # views: autograd sums the rows' gradients
-            layer.keys = layer.keys.expand(rows, -1, -1, -1)
-            layer.values = layer.values.expand(rows, -1, -1, -1)
-        seen = torch.cat([torch.ones(rows, width, n, dtype=torch.bool, device=allowed.device), allowed], 2)
-        second = self._decoder()(
-            inputs_embeds=embeddings,
-            attention_mask=self._additive(seen),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return torch.cat([first.expand(rows, -1, -1), second], 1)
-
-    def _additive(self, allowed: Tensor) -> Tensor:
-        """(R, Q, K) bool -> (R, 1, Q, K) in the model's dtype, as every attention implementation takes it."""
-        dtype = self.model.dtype
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
-
-    def _decoder(self) -> nn.Module:
-        return decoder_of(self.model)
-
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """Take the gradient from every weight of the base; those of adapters in it (`policypatch.model.lora`) are kept."""
@@ -209,11 +163,6 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 def is_adapter(name: str) -> bool:
     """Whether a parameter of this name is one of peft's LoRA matrices."""
     return ".lora_A." in name or ".lora_B." in name
-
-
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The LM without its head (`.model`, `.transformer`, ...)."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from policypatch.model.backbone import decoder_of
 from policypatch.model.head import finish_logits
+from policypatch.model.packed import decoder_of
 
 
 class _Window(DynamicLayer):

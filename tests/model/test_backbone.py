@@ -203,3 +203,29 @@ def test_empty_prompt_behind_nothing_is_refused(tiny_llama, vectors):
 def test_refuses_another_width(tiny_llama, shape):
     with pytest.raises(PolicyPatchError, match="vectors of width 64"):
         PrefixBackbone(tiny_llama, torch.zeros(shape))
+
+
+@pytest.mark.parametrize("row_tokens", [16, 512])
+def test_what_is_computed_again_is_the_same_and_not_kept(tiny_llama, vectors, row_tokens):
+    """Loss and gradient bit by bit, through a loop of views and copies, while most of what a layer makes is let go."""
+
+    def kept_and_computed(recompute: bool) -> tuple[int, tuple[torch.Tensor, torch.Tensor]]:
+        backbone, sizes = PrefixBackbone(tiny_llama, vectors, row_tokens), []
+        backbone.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            found = loss_and_gradient(backbone, ITEMS)
+        return sum(sizes), found
+
+    kept, expected = kept_and_computed(False)
+    less, found = kept_and_computed(True)
+    assert less < kept / 2
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert "forward" not in vars(tiny_llama.model.layers[0])  # the layers are as they were
+
+
+def test_layers_that_cannot_be_computed_again(tiny_llama, vectors, monkeypatch):
+    backbone = PrefixBackbone(tiny_llama, vectors)
+    backbone.recompute = True
+    monkeypatch.setattr("policypatch.model.packed.GradientCheckpointingLayer", torch.nn.Bilinear)
+    with pytest.raises(PolicyPatchError, match=r"trainer\.recompute: LlamaForCausalLM has no layers"):
+        loss_and_gradient(backbone, ITEMS)
