@@ -28,6 +28,7 @@ from policypatch.model.arm import Arm
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
 from policypatch.model.logprobs import item_logprobs
+from policypatch.patch.artifact import digest
 from policypatch.prepare import Prepared
 from policypatch.progress import Clock
 from policypatch.report.tracking import Tracker
@@ -60,7 +61,7 @@ def trained_arms(
                 job.reads(folder / "pairs.jsonl", pair_set.counts)
                 loggers = job.loggers()
                 train = partial(run_stage, sft, data, cfg.sft, cfg.trainer, folder, loggers)
-                trained_once("sft", folder, _about_sft(cfg, base, pair_set), backbone, train, loggers)
+                trained_once("sft", folder, _about(cfg, "sft", base, pair_set), backbone, train, loggers)
             arms.append(method.arm("sft", backbone))
     if cfg.dpo.enabled:
         with clock("dpo"):
@@ -70,7 +71,10 @@ def trained_arms(
             dpo = DPOModule(backbone, optimisation(cfg.dpo), preference, _weights(cfg))
             with tracker.job("dpo") as job:
                 job.reads(folder / "pairs.jsonl", pair_set.counts)
-                run_stage(dpo, data, cfg.dpo, cfg.trainer, folder, job.loggers())
+                loggers = job.loggers()
+                train = partial(run_stage, dpo, data, cfg.dpo, cfg.trainer, folder, loggers)
+                about = _about(cfg, "dpo", base, pair_set) | {"reference_logprobs": digest(reference)}
+                trained_once("dpo", folder, about, backbone, train, loggers)
             arms.append(method.arm(method.name, backbone))
     return pair_set
 
@@ -130,9 +134,9 @@ def made_pairs(context: TeacherContext, own: list[Probe], teacher: Teacher) -> P
     return pair_set
 
 
-def _about_sft(cfg: DictConfig, base: Base, pair_set: PairSet) -> dict[str, Any]:
-    """What the first stage depends on beside where its tensors begin."""
-    read = ("sft", "data", "kl", "texts", "balance", "seed", "row_tokens", "method")
+def _about(cfg: DictConfig, stage: str, base: Base, pair_set: PairSet) -> dict[str, Any]:
+    """What a stage depends on beside where its tensors begin."""
+    read = (stage, "data", "kl", "texts", "balance", "seed", "row_tokens", "method")
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     return {key: resolved[key] for key in read} | {

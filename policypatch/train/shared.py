@@ -1,7 +1,8 @@
 """A stage that another run of the same settings has trained is not trained again.
 
-The runs of a sweep over what only DPO reads (beta, its reference) share their SFT. What a stage leaves, its last
-checkpoint, its figures and what it cost, is kept in the cache under a digest of everything it depends on.
+The runs of a sweep over what only DPO reads (beta, its reference) share their SFT, and sweeps that pass through the
+same settings share both stages. What a stage leaves, its last checkpoint, its figures and what it cost, is kept in the
+cache under a digest of everything it depends on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LAST, FIGURES = "last.ckpt", "metrics.csv"
 CODE = {  # what a training step goes through: another version of it is another training
     "policypatch.train": None,
     "policypatch.data": ("balance.py", "datamodule.py"),
-    "policypatch.model": ("backbone.py", "lora.py", "tree.py"),
+    "policypatch.model": ("backbone.py", "head.py", "lora.py", "packed.py", "tree.py"),
 }
 PACKAGES = ("torch", "transformers", "lightning", "peft")
 

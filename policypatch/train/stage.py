@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 COST = "cost.json"  # beside a stage's checkpoints: what its training took
 FIELDS = ("stage", "step", "metric", "value")
+STAGES = ("sft", "dpo")
 
 
 def read_figures(path: Path) -> list[dict[str, str]]:
@@ -37,11 +38,11 @@ def read_figures(path: Path) -> list[dict[str, str]]:
 
 
 def write_figures(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """A `metrics.csv` of these rows."""
+    """A `metrics.csv` of these rows, stage by stage."""
     with atomic_path(path) as temporary, temporary.open("w", newline="") as f:
         writer = csv.DictWriter(f, FIELDS)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(sorted(rows, key=lambda row: STAGES.index(row["stage"])))
 
 
 class MetricsCsv(Callback):
