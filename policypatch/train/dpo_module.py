@@ -45,8 +45,8 @@ class DPOModule(StageModule):
             raise PolicyPatchError(f"dpo.beta is {preference.beta}: it must be greater than 0")
         self.preference = preference
 
-    def objective(self, batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Figure]]:
-        """The loss; its parts, the share of pairs ranked right, and the reward margin.
+    def objective(self, batch: Batch, logprobs: Tensor) -> dict[str, Figure]:
+        """The parts of the loss, the share of pairs ranked right, and the reward margin.
 
         A row without a rejected side (a benign one) has no preference; its chosen side is anchored all the same.
         """
@@ -55,22 +55,19 @@ class DPOModule(StageModule):
             raise PolicyPatchError("DPO needs the reference's log-probabilities: compute them before the stage")
         lengths = sequence_lengths(batch.tree.sequence, batch.tree.sequences)
         nll = mean_nll(logprobs[batch.chosen], lengths[batch.chosen]).mean()
-        loss, figures = p.nll_weight * nll, {"nll_chosen": Figure(nll, len(batch.pairs))}
+        figures = {"nll_chosen": Figure(nll, len(batch.pairs), p.nll_weight)}
         paired = (batch.rejected >= 0).nonzero()[:, 0]
         if len(paired):
             chosen, rejected = logprobs[batch.chosen[paired]], logprobs[batch.rejected[paired]]
             reference = batch.reference[paired]
             found = dpo_loss(chosen, rejected, reference[:, 0], reference[:, 1], p.beta, p.label_smoothing)
             margin = found.chosen_reward - found.rejected_reward
-            loss = loss + found.loss.mean()
-            figures |= {
-                name: Figure(value, len(paired))
-                for name, value in {
-                    "preference_loss": found.loss.mean(),
-                    "margin": margin.mean(),
-                    "accuracy": (margin > 0).float().mean(),
-                    "chosen_reward": found.chosen_reward.mean(),
-                    "rejected_reward": found.rejected_reward.mean(),
-                }.items()
+            told = {
+                "margin": margin.mean(),
+                "accuracy": (margin > 0).float().mean(),
+                "chosen_reward": found.chosen_reward.mean(),
+                "rejected_reward": found.rejected_reward.mean(),
             }
-        return loss, figures
+            figures["preference_loss"] = Figure(found.loss.mean(), len(paired), 1.0)
+            figures |= {name: Figure(value, len(paired)) for name, value in told.items()}
+        return figures

@@ -57,10 +57,25 @@ def rate_at(o: Optimisation) -> Callable[[int], float]:
 
 
 class Figure(NamedTuple):
-    """A figure of a batch, a mean over `rows` rows."""
+    """A figure of a batch, a mean over `rows` rows; `weight` is what it has in the loss."""
 
     value: Tensor
     rows: int
+    weight: float = 0.0
+
+
+def combined(figures: Mapping[str, Figure], over: Mapping[str, int] | None = None) -> Tensor:
+    """The loss of a batch, or the part that a share of its rows has in it. Scalar.
+
+    Each figure is a mean over the rows it concerns. Where a batch is split, a share's mean counts for as many of the
+    batch's rows as it has, so that the parts sum to the loss of the whole, however uneven the split.
+
+    Args:
+        figures: of the share.
+        over: how many rows of the whole batch each figure concerns; None where the share is all of it.
+    """
+    shares = [f.weight * f.value * (f.rows / over[name] if over else 1) for name, f in figures.items()]
+    return torch.stack(shares).sum()
 
 
 @dataclass(frozen=True)
@@ -109,17 +124,16 @@ class StageModule(L.LightningModule, ABC):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @abstractmethod
-    def objective(self, batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Figure]]:
-        """The stage's own loss from each completion's log-probability (S,), and its figures for the curves."""
+    def objective(self, batch: Batch, logprobs: Tensor) -> dict[str, Figure]:
+        """The figures of the stage's own loss from each completion's log-probability (S,)."""
 
     def losses(self, batch: Batch) -> Mapping[str, Figure]:
         """The figures of a batch; `loss` is the one to minimise."""
         logprobs, kl = self.forward_batch(batch)
-        loss, figures = self.objective(batch, logprobs)
+        figures = self.objective(batch, logprobs)
         for name, (weight, values) in self._beside(batch, kl).items():
-            loss = loss + weight * values.mean()
-            figures[name] = Figure(values.mean(), len(values))
-        return {"loss": Figure(loss, len(batch.pairs)), **figures}
+            figures[name] = Figure(values.mean(), len(values), weight)
+        return {"loss": Figure(combined(figures), len(batch.pairs)), **figures}
 
     def _beside(self, batch: Batch, kl: Tensor | None) -> dict[str, tuple[float, Tensor]]:
         """What the loss has beside the stage's own: weight, and a value for each row that it concerns."""

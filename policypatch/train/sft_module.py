@@ -14,8 +14,8 @@ class SFTModule(StageModule):
 
     stage = "sft"
 
-    def objective(self, batch: Batch, logprobs: Tensor) -> tuple[Tensor, dict[str, Figure]]:
+    def objective(self, batch: Batch, logprobs: Tensor) -> dict[str, Figure]:
         """Mean over responses of the NLL per token."""
         lengths = sequence_lengths(batch.tree.sequence, batch.tree.sequences)
         nll = sft_loss(logprobs[batch.chosen], lengths[batch.chosen])
-        return nll, {"nll_chosen": Figure(nll, len(batch.pairs))}
+        return {"nll_chosen": Figure(nll, len(batch.pairs), 1.0)}

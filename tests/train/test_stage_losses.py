@@ -7,7 +7,7 @@ from policypatch.data.datamodule import Example, PairData
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.tree import Item
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
-from policypatch.train.module import Optimisation, StageModule, Weights
+from policypatch.train.module import Optimisation, StageModule, Weights, combined
 from policypatch.train.sft_module import SFTModule
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -115,6 +115,12 @@ def test_dpo_of_benign_rows_alone_has_no_preference(backbone, mixed, nll):
     assert torch.isfinite(backbone.patch.grad).all() and backbone.patch.grad.abs().max() > 0
 
 
+def test_a_batch_that_says_nothing_moves_nothing(backbone, mixed):
+    loss = module("dpo", backbone, nll_weight=0.0).losses(data("dpo", backbone, mixed).batch([1, 2]))["loss"].value
+    loss.backward()
+    assert loss == 0 and backbone.patch.grad.abs().max() == 0
+
+
 @torch.no_grad()
 def test_sft_loss_is_the_mean_nll_per_token_of_the_chosen_side(backbone, mixed, nll):
     found = figures(module("sft", backbone), data("sft", backbone, mixed).batch([0, 1, 6]))
@@ -149,8 +155,25 @@ def assert_same_mean(ours: StageModule, source: PairData, whole: list[list[int]]
     torch.testing.assert_close(split_gradient, gradient, rtol=1e-3, atol=1e-5)
 
 
+SPLITS = pytest.mark.parametrize("split", [[[4, 0], [1, 2, 5]], [[4, 5], [0, 1], [2]]])
+
+
+@SPLITS
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_shares_of_a_batch_sum_to_its_loss_however_it_is_split(stage: str, split: list[list[int]], backbone, mixed):
+    """One share has no benign row, another nothing else: loss and gradient are the whole batch's all the same."""
+    ours, source = module(stage, backbone, 0.4), data(stage, backbone, mixed, "benign")
+    whole = ours.losses(source.batch([i for group in split for i in group]))
+    over = {name: figure.rows for name, figure in whole.items()}
+    shares = [ours.losses(source.batch(group)) for group in split]
+    parts = [combined({k: v for k, v in share.items() if k != "loss"}, over) for share in shares]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole["loss"].value, **CLOSE)
+    expected, found = (torch.autograd.grad(loss, backbone.patch)[0] for loss in (whole["loss"].value, sum(parts)))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("split", [[[4, 0], [1, 2, 5]], [[4, 5], [0, 1], [2]]])
+@SPLITS
 def test_figures_weighted_by_their_rows_are_those_of_the_whole(split: list[list[int]], backbone, mixed):
     """Whatever stands with what; so the curves over the held-out rows do not depend on the batches."""
     ours, source = module("dpo", backbone, 0.4), data("dpo", backbone, mixed, "benign")
