@@ -5,15 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from policypatch.data.datamodule import Batch
 from policypatch.errors import PolicyPatchError
+from policypatch.files.atomic import atomic_path, write_json
 from policypatch.model.backbone import PrefixBackbone, sum_by_sequence
 from policypatch.train.losses import balance_loss
 
@@ -113,6 +116,7 @@ class StageModule(L.LightningModule, ABC):
         self.optimisation = optimisation
         self.weights = weights or Weights()
         self.logged: set[str] = set()  # this step's figures: not every batch has all
+        self.evidence: Path | None = None  # folder for the batch and the tensors with which a loss was not finite
         self.tokens = self.padding = 0  # that went through the model in training, and how many of them were none
 
     def configure_optimizers(self) -> Any:
@@ -160,9 +164,10 @@ class StageModule(L.LightningModule, ABC):
         figures = self.losses(batch)
         loss = figures["loss"].value
         if not torch.isfinite(loss):
+            kept = f"; {self._keep(batch, figures)} has the batch" if self.evidence else ""
             raise PolicyPatchError(
                 f"the {self.stage} loss became {loss.item()} at step {self.global_step}: lower {self.stage}.lr "
-                f"(now {self.optimisation.lr}) or {self.stage}.clip"
+                f"(now {self.optimisation.lr}) or {self.stage}.clip{kept}"
             )
         self._log("train", figures)
         for tree in (batch.tree, batch.texts, batch.balanced):
@@ -170,6 +175,17 @@ class StageModule(L.LightningModule, ABC):
                 self.tokens += tree.tokens
                 self.padding += tree.padding
         return loss
+
+    def _keep(self, batch: Batch, figures: Mapping[str, Figure]) -> Path:
+        """Write down what a loss that is not finite was computed from: lines of pairs.jsonl, figures, and tensors."""
+        assert self.evidence is not None
+        found = {name: str(figure.value.item()) for name, figure in figures.items()}  # as text: JSON has no NaN
+        path = self.evidence / "not_finite.json"
+        lines = [row + 1 for row in batch.pairs]
+        write_json(path, {"step": self.global_step, "lines_of_pairs": lines, "figures": found})
+        with atomic_path(self.evidence / "not_finite.safetensors") as temporary:
+            save_file({k: v.detach().cpu().contiguous() for k, v in self.backbone.state_dict().items()}, temporary)
+        return path
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same figures on held-out rows."""

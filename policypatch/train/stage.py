@@ -98,6 +98,7 @@ def run_stage(
         the step it ended at.
     """
     device = module.backbone.model.device
+    module.evidence = folder / "checkpoints" / module.stage
     checkpoints = ModelCheckpoint(
         dirpath=folder / "checkpoints" / module.stage,
         save_last=True,

@@ -1,12 +1,14 @@
 """Both stages on a tiny base: the loss goes down, nothing but the patch moves, and an interruption leaves no trace."""
 
 import csv
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from policypatch.data.datamodule import Example, PairData
 from policypatch.errors import PolicyPatchError
@@ -153,6 +155,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_a_sentence(train, backbone, t
         train("sft", tmp_path, start=start)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("*.ckpt"))
+    kept = tmp_path / "checkpoints" / "sft" / "not_finite.json"
+    assert f"{kept} has the batch" in str(caught.value)
+    told = json.loads(kept.read_text())
+    assert (told["step"], told["figures"]["loss"]) == (0, "nan")
+    assert len(told["lines_of_pairs"]) == 4 and set(told["lines_of_pairs"]) <= set(range(1, 13))
+    torch.testing.assert_close(load_file(kept.with_suffix(".safetensors"))["patch"], start, equal_nan=True)
 
 
 @pytest.mark.parametrize("beta", [0, -0.1])
