@@ -24,10 +24,12 @@ def check_context(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher, vect
         return
     trained = cfg.data.max_prompt_tokens + cfg.data.max_completion_tokens
     if vectors + trained > base.context:
+        stacked = OmegaConf.select(cfg, "method.patches") is not None
+        what = f"method.patches has {vectors} vectors" if stacked else f"patch.length is {vectors}"
         raise PolicyPatchError(
-            f"patch.length is {vectors}: with prompts and completions of up to {trained} tokens it exceeds "
-            f"the context of {cfg.model.name} ({base.context}); shorten patch.length, data.max_prompt_tokens or "
-            "data.max_completion_tokens"
+            f"{what}: with prompts and completions of up to {trained} tokens it exceeds "
+            f"the context of {cfg.model.name} ({base.context}); shorten {'the stack' if stacked else 'patch.length'}, "
+            "data.max_prompt_tokens or data.max_completion_tokens"
         )
     if (longest := max(cfg.evaluate.costs.prompts, default=0)) and (vectors + longest + NEW_TOKENS > base.context):
         raise PolicyPatchError(

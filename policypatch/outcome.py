@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -58,13 +58,24 @@ def package(
         created=started.isoformat(timespec="seconds"),
         data_sha256=pair_set.sha256,
         parents=parents,
-        training={k: v for k, v in resolved.items() if k != "logger"},
+        training=_settings(resolved),
         scorecard=[asdict(row) for row in scorecard],
         packages={name: version(name) for name in PACKAGES},
     )
     patch = artifact.Patch(vectors, manifest)
     artifact.save(patch, folder / "patch")
     save_peft(patch, folder / "peft")
+
+
+def package_stack(patch: artifact.Patch, scorecard: Scorecard, resolved: Any, folder: Path) -> None:
+    """Write a stack as an artifact with what was measured of it."""
+    rows = [asdict(row) for row in scorecard]
+    manifest = replace(patch.manifest, scorecard=rows, training=_settings(resolved))
+    artifact.save(artifact.Patch(patch.vectors, manifest), folder / "patch")
+
+
+def _settings(resolved: Any) -> dict[str, Any]:
+    return {k: v for k, v in resolved.items() if k != "logger"}
 
 
 def record(

@@ -147,8 +147,7 @@ def _check_filter(teacher: Teacher, risk: Any) -> None:
 
 def _check_method(method: Method, base: Base, teacher: Teacher, probes: Sequence[Probe]) -> None:
     """Refuse a method that this base, or the teacher in its place, cannot be asked with."""
-    if isinstance(method, Trained):
-        method.check(base)
+    method.check(base)
     arm = method.arm(teacher) if isinstance(method, Untrained) else None
     if arm is not None:
         for probe in probes:

@@ -241,6 +241,41 @@ def test_a_method_without_training_is_one_arm_beside_the_base(method: str, go, t
     assert (tmp_path / "run" / "report.html").exists()
 
 
+def test_patches_that_are_there_are_measured_as_they_stand(go, tiny_base, tmp_path: Path):
+    """One gives the figures of the run that made it; several become a patch of their own, with a scorecard."""
+    trained = go("a")
+    again = go("b", method="stack", method__patches=f"[{tmp_path / 'a' / 'patch'}]")
+    of_patch = [(row.metric, row.judge, row.value) for row in without_costs(trained) if row.arm == "patch"]
+    assert [(row.metric, row.judge, row.value) for row in without_costs(again) if row.arm == "stack"] == of_patch
+    assert not (tmp_path / "b" / "patch").exists()
+
+    artifact.save(patch_of(tiny_base, "other", 20, 2), tmp_path / "other")
+    card = go("c", method="stack", method__patches=f"[{tmp_path / 'other'},{tmp_path / 'a' / 'patch'}]")
+    made, first = artifact.load(tmp_path / "c" / "patch"), artifact.load(tmp_path / "a" / "patch")
+    assert torch.equal(made.vectors, torch.cat([tiny_base.embedding[20:22], first.vectors]))
+    assert [parent.name for parent in made.manifest.parents] == ["other", first.manifest.name]
+    assert [row["value"] for row in made.manifest.scorecard] == [row.value for row in card]
+    assert not list((tmp_path / "c").rglob("*.ckpt")) and (tmp_path / "c" / "report.html").exists()
+
+
+def test_patches_that_cannot_stand_end_the_run_first(go, tiny_base, tmp_path: Path):
+    refused(go, "method.patches", "give folders", folder=tmp_path, method="stack")
+    stranger = replace(tiny_base.identity, id="Other", embedding="0" * 64)
+    artifact.save(patch_of(tiny_base, "stranger", 20, 2, base=stranger), tmp_path / "stranger")
+    refused(go, "stranger", "Other", folder=tmp_path, method="stack", method__patches=f"[{tmp_path / 'stranger'}]")
+    artifact.save(patch_of(tiny_base, "long", 3, 250), tmp_path / "long")
+    patches = f"[{tmp_path / 'long'},{tmp_path / 'long'}]"
+    refused(
+        go,
+        "method.patches has 500 vectors",
+        "context",
+        "shorten the stack",
+        folder=tmp_path,
+        method="stack",
+        method__patches=patches,
+    )
+
+
 def test_the_base_alone(go, tmp_path: Path):
     assert {row.arm for row in go(method="none")} == {"base"}
     assert (tmp_path / "run" / "report.html").exists()

@@ -3,6 +3,17 @@
 from policypatch.methods.lora import LoRAMethod
 from policypatch.methods.method import Method, Trained, Untrained
 from policypatch.methods.patch import PatchMethod
+from policypatch.methods.stack import StackMethod
 from policypatch.methods.untrained import NoMethod, PromptMethod, TeacherMethod
 
-__all__ = ["LoRAMethod", "Method", "NoMethod", "PatchMethod", "PromptMethod", "TeacherMethod", "Trained", "Untrained"]
+__all__ = [
+    "LoRAMethod",
+    "Method",
+    "NoMethod",
+    "PatchMethod",
+    "PromptMethod",
+    "StackMethod",
+    "TeacherMethod",
+    "Trained",
+    "Untrained",
+]

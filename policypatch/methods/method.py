@@ -22,6 +22,9 @@ class Method:
         self.name = name
         self.parents: list[Parent] = []  # patches that training goes on from
 
+    def check(self, base: Base) -> None:
+        """Refuse a base that the method cannot be used on, before anything costs time."""
+
 
 class Untrained(Method, ABC):
     """A method that is there without training."""
@@ -37,9 +40,6 @@ class Untrained(Method, ABC):
 
 class Trained(Method, ABC):
     """A method whose tensors both stages train, in a backbone of its own."""
-
-    def check(self, base: Base) -> None:
-        """Refuse a base that the method cannot be trained on, before anything costs time."""
 
     @abstractmethod
     def start(self, base: Base, seed: int, row_tokens: int) -> PrefixBackbone:
