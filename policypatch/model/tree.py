@@ -12,6 +12,7 @@ are padded, and the root is then a pass of its own.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TRIED = 16  # numbers of rows that are tried at most, about
 PASS = 64  # tokens that a pass of its own through the layers costs beside its tokens: it reads every weight
 
 
@@ -186,23 +188,25 @@ def _place(
 def _cheapest_rows(sizes: Sequence[int], limit: int, root: int, cost: Cost | None) -> list[list[int]]:
     """Items (by number) in rows of at most `limit` tokens."""
     limit = max(limit, *sizes)  # every row is padded to the longest anyway
-    packings = (_fill_rows(sizes, count) for count in range(-(-sum(sizes) // limit), len(sizes) + 1))
-    loads = ((rows, max(sum(sizes[i] for i in row) for row in rows)) for rows in packings)
-    fitting = ((rows, load) for rows, load in loads if load <= limit)
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    fewest = max(1, -(-sum(sizes) // limit))
+    step = 1 if cost is None else -(-len(sizes) // TRIED)  # this is done for every batch
+    counts = [*range(fewest, len(sizes), step), len(sizes)]  # the last, a row for each, is within any limit
+    fitting = ((rows, load) for rows, load in (_fill_rows(sizes, order, count) for count in counts) if load <= limit)
     if cost is None:
         return next(fitting)[0]
     return min(fitting, key=lambda found: cost(root, len(found[0]), found[1]))[0]
 
 
-def _fill_rows(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Put items into at most `count` rows: longest first, each into the emptiest row (even rows)."""
-    rows: list[list[int]] = [[] for _ in range(max(1, count))]
-    loads = [0] * len(rows)
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        emptiest = min(range(len(rows)), key=loads.__getitem__)
-        rows[emptiest].append(i)
-        loads[emptiest] += sizes[i]
-    return [sorted(row) for row in rows if row]
+def _fill_rows(sizes: Sequence[int], order: Sequence[int], count: int) -> tuple[list[list[int]], int]:
+    """Items in `count` rows, longest first (`order`), each into the emptiest row; and how full the fullest is."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, row) for row in range(count)]  # a heap
+    for i in order:
+        load, row = loads[0]
+        rows[row].append(i)
+        heapq.heapreplace(loads, (load + sizes[i], row))
+    return [sorted(row) for row in rows], max(loads)[0]
 
 
 def _running_sum(counts: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policypatch.model import tree as module
 from policypatch.model.tree import PASS, Cost, Item, build_tree, common_prefix
 
 # Common prefix (7,). Item 0 adds a prompt of 2 and completions of 2 and 1 token, item 1 a prompt of 1 and 1 token.
@@ -117,6 +118,16 @@ def test_rows_are_as_many_as_cost_least():
     assert build_tree(items, 100).ids.shape == (4, 100)  # nobody asked what it costs: the fewest within the limit
     uneven = [Item((i,), ((100,) * (9 if i else 99),)) for i in range(4)]  # 100 tokens and 3 x 10
     assert build_tree(uneven, 512, Cost(64)).ids.shape == (1, 130)  # another row would be padding
+
+
+def test_a_large_batch_tries_few_packings(monkeypatch):
+    """What is done for every batch must not grow with its square."""
+    tried, fill = [], module._fill_rows
+    monkeypatch.setattr(module, "_fill_rows", lambda *given: tried.append(given[2]) or fill(*given))
+    items = [Item((i,), ((100,) * (1 + i % 7),)) for i in range(400)]
+    tree = build_tree(items, 256, Cost(64))
+    assert len(tried) <= module.TRIED + 1 and tried[-1] == 400
+    assert tree.sequences == 400 and tree.ids.shape[1] <= 256
 
 
 @pytest.mark.parametrize(
