@@ -26,7 +26,9 @@ LEAST = 256  # words in a block, however many positions there are
 
 def finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
     """What some models do to their logits after the head, in their own forward."""
-    return _finished(model, logits)[0]
+    scale, cap = _scale_and_cap(model)
+    logits = logits if scale == 1 else logits * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def token_logprobs(model: PreTrainedModel, states: Tensor, targets: Tensor) -> Tensor:
@@ -53,52 +55,47 @@ def token_divergence(model: PreTrainedModel, states: Tensor, base_states: Tensor
     return found
 
 
-class _Logprobs(torch.autograd.Function):
+class _OfStates(torch.autograd.Function):
+    """A figure of each position, whose gradient with respect to its state `forward` has saved where it is wanted."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (outer[0][:, None] * gradient).to(gradient.dtype), None, None
+
+
+class _Logprobs(_OfStates):
     @staticmethod
     def forward(ctx: Any, states: Tensor, targets: Tensor, model: PreTrainedModel) -> Tensor:
-        ours, head = _Softmax(states), model.get_output_embeddings().weight
+        ours, wanted = _Softmax(states), ctx.needs_input_grad[0]
         own = states.new_empty(len(states), dtype=torch.float32)
-        own_slope = torch.ones_like(own)
-        for start, weight, logits, slope in _blocks(model, states):
+        for start, weight, logits in _blocks(model, states):
             here = ((targets >= start) & (targets < start + len(weight))).nonzero()[:, 0]
             own[here] = logits[here, targets[here] - start]
-            own_slope[here] = slope[here, targets[here] - start] if isinstance(slope, Tensor) else slope
-            ours.add(logits, slope, weight if ctx.needs_input_grad[0] else None)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward((own_slope[:, None] * head[targets] - ours.mean()).to(states.dtype))
+            ours.add(logits, (weight, _slope(model, logits)) if wanted else None)
+        if wanted:
+            own_gradient = model.get_output_embeddings().weight[targets] * _slope(model, own[:, None])
+            ctx.save_for_backward((own_gradient - ours.mean()).to(states.dtype))
         return own - ours.normaliser()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        return _scaled(ctx, outer[0]), None, None
 
-
-class _Divergence(torch.autograd.Function):
+class _Divergence(_OfStates):
     @staticmethod
     def forward(ctx: Any, states: Tensor, base_states: Tensor, model: PreTrainedModel) -> Tensor:
-        ours, base = _Softmax(states), _Softmax(states)
+        ours, base, wanted = _Softmax(states), _Softmax(states), ctx.needs_input_grad[0]
         gap = states.new_zeros(len(states), dtype=torch.float32)  # sum of base weights x (base logit - our logit)
-        blocks = zip(_blocks(model, states), _blocks(model, base_states), strict=True)
-        for (_, weight, logits, slope), (_, _, base_logits, _) in blocks:
-            wanted = weight if ctx.needs_input_grad[0] else None
+        for (_, weight, logits), (_, _, base_logits) in zip(
+            _blocks(model, states), _blocks(model, base_states), strict=True
+        ):
+            gradient = (weight, _slope(model, logits)) if wanted else None
             difference = base_logits - logits
-            weights, shrink = base.add(base_logits, slope, wanted)
+            weights, shrink = base.add(base_logits, gradient)
             gap = gap * shrink + (weights * difference).sum(1)
-            ours.add(logits, slope, wanted)
-        if ctx.needs_input_grad[0]:
+            ours.add(logits, gradient)
+        if wanted:
             ctx.save_for_backward((ours.mean() - base.mean()).to(states.dtype))
         return gap / base.total - base.normaliser() + ours.normaliser()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        return _scaled(ctx, outer[0]), None, None
-
-
-def _scaled(ctx: Any, outer: Tensor) -> Tensor:
-    (gradient,) = ctx.saved_tensors
-    return (outer[:, None] * gradient).to(gradient.dtype)
 
 
 class _Softmax:
@@ -109,13 +106,13 @@ class _Softmax:
         self.total = torch.zeros_like(self.highest)  # of exp(logit - highest)
         self._sum = torch.zeros_like(states, dtype=torch.float32)  # of that x the gradient of the logit
 
-    def add(self, logits: Tensor, slope: Tensor | float, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add(self, logits: Tensor, gradient: tuple[Tensor, Tensor | float] | None) -> tuple[Tensor, Tensor]:
         """Take in a block.
 
         Args:
             logits: (N, B), which are written over.
-            slope: of the finished logits in the head's, (N, B) or for all of them.
-            weight: (B, D) of the head, where `mean` will be asked for.
+            gradient: where `mean` will be asked for, the head's weights (B, D) and the slope of the finished logits
+                in what the head gave, (N, B) or for all of them.
 
         Returns:
             exp(logit - highest), (N, B), and what sums of such weights that were made before are to be multiplied
@@ -125,7 +122,8 @@ class _Softmax:
         shrink = (self.highest - highest).exp()
         weights = logits.sub_(highest[:, None]).exp_()
         self.highest, self.total = highest, self.total * shrink + weights.sum(1)
-        if weight is not None:
+        if gradient is not None:
+            weight, slope = gradient
             plain = isinstance(slope, float) and slope == 1
             self._sum.mul_(shrink[:, None]).add_((weights if plain else weights * slope).to(weight.dtype) @ weight)
         return weights, shrink
@@ -139,25 +137,28 @@ class _Softmax:
         return self._sum / self.total[:, None]
 
 
-def _blocks(model: PreTrainedModel, states: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor | float]]:
-    """The vocabulary's blocks: where each begins, its weights (B, D), finished logits (N, B) float32, their slope."""
+def _blocks(model: PreTrainedModel, states: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The vocabulary's blocks: where each begins, its weights (B, D), finished logits (N, B) float32."""
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     size = max(LEAST, BLOCK // max(1, len(states)))
     for start in range(0, len(head.weight), size):
         weight = head.weight[start : start + size]
         logits = torch.nn.functional.linear(states, weight, None if bias is None else bias[start : start + size])
-        yield start, weight, *_finished(model, logits.float())
+        yield start, weight, finish_logits(model, logits.float())
 
 
-def _finished(model: PreTrainedModel, logits: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Logits as the model's own forward returns them, and their slope in what the head gave."""
-    config, slope = model.config, 1.0
-    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere (Aya)
-        logits, slope = logits * scale, slope * scale
-    if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
-        logits, slope = logits / scale, slope / scale
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
-        share = torch.tanh(logits / cap)
-        return cap * share, slope * (1 - share**2)
-    return logits, slope
+def _slope(model: PreTrainedModel, finished: Tensor) -> Tensor | float:
+    """Derivative of finished logits (N, B) with respect to what the head gave."""
+    scale, cap = _scale_and_cap(model)
+    return scale if cap is None else scale * (1 - (finished / cap) ** 2)
+
+
+def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
+    config = model.config
+    scale = 1.0
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere (Aya)
+        scale *= factor
+    if (factor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        scale /= factor
+    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma 2
