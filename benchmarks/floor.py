@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.timing import timed
-from policypatch.model.packed import decoder_of
+from policypatch.model.parts import decoder_of
 from policypatch.model.tree import Tree
 
 

@@ -10,10 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from policypatch.data.teachers import SampledTeacher, Teacher
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.probes import Plan, Probe, Reading
-from policypatch.model.backbone import sliding_window
 from policypatch.model.base import Base
 from policypatch.model.form import PLAIN
 from policypatch.model.latency import NEW_TOKENS
+from policypatch.model.parts import sliding_window
 
 SCORER_TOKENS = 2  # of its own that a scorer may need for a token of the base's
 

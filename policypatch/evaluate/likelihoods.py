@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.backbone import PrefixBackbone, sliding_window
+from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
 from policypatch.model.head import finish_logits
+from policypatch.model.parts import sliding_window
 from policypatch.model.tree import Item
 
 ROW_TOKENS = 512

@@ -18,7 +18,7 @@ from policypatch.errors import PolicyPatchError
 from policypatch.model.base import Base, embedding_scale
 from policypatch.model.decode import sample
 from policypatch.model.head import finish_logits
-from policypatch.model.packed import decoder_of
+from policypatch.model.parts import decoder_of
 from policypatch.model.sampling import Sampling
 from policypatch.patch.artifact import Patch
 

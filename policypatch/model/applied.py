@@ -25,9 +25,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.backbone import sliding_window
 from policypatch.model.behind import BehindLayer, adopt
-from policypatch.model.packed import decoder_of
+from policypatch.model.parts import decoder_of, sliding_window
 from policypatch.patch.manifest import BaseIdentity
 
 PREFIX = "policypatch_"  # of the attention implementations that see a stack

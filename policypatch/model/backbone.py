@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from policypatch.errors import PolicyPatchError
 from policypatch.model.head import finish_logits, token_divergence, token_logprobs
 from policypatch.model.packed import packed_states
+from policypatch.model.parts import sliding_window
 from policypatch.model.tree import Cost, Item, Tree, build_tree
 
 
@@ -163,23 +164,6 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 def is_adapter(name: str) -> bool:
     """Whether a parameter of this name is one of peft's LoRA matrices."""
     return ".lora_A." in name or ".lora_B." in name
-
-
-def sliding_window(model: PreTrainedModel) -> int | None:
-    """How far back the model's sliding layers look; None where it has none (some configs say 0 for that)."""
-    return getattr(model.config, "sliding_window", None) or None
-
-
-def same_positions(model: PreTrainedModel) -> int | None:
-    """How far positions go before rotary frequencies depend on the longest row of a batch; None: never.
-
-    Beyond, what is computed for a row depends on who else is there.
-    """
-    rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) not in ("longrope", "dynamic"):
-        return None
-    own = getattr(model.config, "original_max_position_embeddings", None)
-    return rope.get("original_max_position_embeddings") or own or model.config.max_position_embeddings
 
 
 def sum_by_sequence(values: Tensor, tree: Tree) -> Tensor:

@@ -16,9 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.backbone import sliding_window
 from policypatch.model.head import finish_logits
-from policypatch.model.packed import decoder_of
+from policypatch.model.parts import decoder_of, sliding_window
 from policypatch.model.sampling import Sampling, next_tokens, uniforms
 from policypatch.model.tree import common_prefix
 

@@ -11,18 +11,14 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policypatch.errors import PolicyPatchError
-
-
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The LM without its head (`.model`, `.transformer`, ...)."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+from policypatch.model.parts import decoder_of
 
 
 def packed_states(
@@ -81,7 +77,7 @@ def _root_pass(model: PreTrainedModel, root: Tensor) -> tuple[Tensor, DynamicCac
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    behind.layers = [_Behind(layer.keys, layer.values) for layer in cache.layers]
+    behind.layers = [_OverRoot(layer.keys, layer.values) for layer in cache.layers]
     return states, behind
 
 
@@ -101,7 +97,7 @@ def _rows_pass(
     return states
 
 
-class _Behind(DynamicLayer):
+class _OverRoot(DynamicLayer):
     """What a row attends to: the root's keys and values (1, heads, n, d), then its own, which are not kept."""
 
     def __init__(self, keys: Tensor, values: Tensor):

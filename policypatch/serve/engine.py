@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.backbone import same_positions, sliding_window
 from policypatch.model.base import Base
 from policypatch.model.decode import row_key
+from policypatch.model.parts import same_positions, sliding_window
 from policypatch.model.sampling import Sampling, next_tokens, uniforms
 from policypatch.serve.roots import Roots
 from policypatch.serve.slots import Slots

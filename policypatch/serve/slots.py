@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from policypatch.model.head import finish_logits
-from policypatch.model.packed import decoder_of
+from policypatch.model.parts import decoder_of
 
 
 class _Window(DynamicLayer):
