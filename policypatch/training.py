@@ -33,7 +33,7 @@ from policypatch.prepare import Prepared
 from policypatch.progress import Clock
 from policypatch.report.tracking import Tracker
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
-from policypatch.train.module import Weights
+from policypatch.train.module import StageModule, Weights
 from policypatch.train.sft_module import SFTModule
 from policypatch.train.shared import trained_once
 from policypatch.train.stage import optimisation, run_stage
@@ -55,28 +55,36 @@ def trained_arms(
     backbone.recompute = cfg.trainer.recompute
     if cfg.sft.enabled:
         with clock("sft"):
-            data = _data(cfg, cfg.sft, examples, backbone, 1)
             sft = SFTModule(backbone, optimisation(cfg.sft), _weights(cfg))
-            with tracker.job("sft") as job:
-                job.reads(folder / "pairs.jsonl", pair_set.counts)
-                loggers = job.loggers()
-                train = partial(run_stage, sft, data, cfg.sft, cfg.trainer, folder, loggers)
-                trained_once("sft", folder, _about(cfg, "sft", base, pair_set), backbone, train, loggers)
+            about = _about(cfg, "sft", base, pair_set)
+            _train(cfg, sft, _data(cfg, cfg.sft, examples, backbone, 1), about, pair_set, tracker, folder)
             arms.append(method.arm("sft", backbone))
     if cfg.dpo.enabled:
         with clock("dpo"):
             reference = _reference(cfg, context, arms[-1], ready.teacher, pair_set, examples)
-            data = _data(cfg, cfg.dpo, examples, backbone, 2, reference)
             preference = PreferenceSettings(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.label_smoothing)
             dpo = DPOModule(backbone, optimisation(cfg.dpo), preference, _weights(cfg))
-            with tracker.job("dpo") as job:
-                job.reads(folder / "pairs.jsonl", pair_set.counts)
-                loggers = job.loggers()
-                train = partial(run_stage, dpo, data, cfg.dpo, cfg.trainer, folder, loggers)
-                about = _about(cfg, "dpo", base, pair_set) | {"reference_logprobs": digest(reference)}
-                trained_once("dpo", folder, about, backbone, train, loggers)
+            about = _about(cfg, "dpo", base, pair_set) | {"reference_logprobs": digest(reference)}
+            _train(cfg, dpo, _data(cfg, cfg.dpo, examples, backbone, 2, reference), about, pair_set, tracker, folder)
             arms.append(method.arm(method.name, backbone))
     return pair_set
+
+
+def _train(
+    cfg: DictConfig,
+    module: StageModule,
+    data: PairData,
+    about: dict[str, Any],
+    pair_set: PairSet,
+    tracker: Tracker,
+    folder: Path,
+) -> None:
+    """Have a stage trained, here or by a run of the same settings before."""
+    with tracker.job(module.stage) as job:
+        job.reads(folder / "pairs.jsonl", pair_set.counts)
+        loggers = job.loggers()
+        train = partial(run_stage, module, data, cfg[module.stage], cfg.trainer, folder, loggers)
+        trained_once(module.stage, folder, about, module.backbone, train, loggers)
 
 
 def teacher_context(cfg: DictConfig, base: Base, risk: Any) -> TeacherContext:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from policypatch.data.datamodule import Batch
 from policypatch.errors import PolicyPatchError
-from policypatch.files.atomic import atomic_path, write_json
 from policypatch.model.backbone import PrefixBackbone, sum_by_sequence
 from policypatch.train.losses import balance_loss
 
@@ -67,18 +64,12 @@ class Figure(NamedTuple):
     weight: float = 0.0
 
 
-def combined(figures: Mapping[str, Figure], over: Mapping[str, int] | None = None) -> Tensor:
-    """The loss of a batch, or the part that a share of its rows has in it. Scalar.
+class NotFiniteError(PolicyPatchError):
+    """A loss became NaN or infinite; with the batch and the figures of it."""
 
-    Each figure is a mean over the rows it concerns. Where a batch is split, a share's mean counts for as many of the
-    batch's rows as it has, so that the parts sum to the loss of the whole, however uneven the split.
-
-    Args:
-        figures: of the share.
-        over: how many rows of the whole batch each figure concerns; None where the share is all of it.
-    """
-    shares = [f.weight * f.value * (f.rows / over[name] if over else 1) for name, f in figures.items()]
-    return torch.stack(shares).sum()
+    def __init__(self, message: str, step: int, batch: Batch, figures: Mapping[str, Figure]):
+        super().__init__(message)
+        self.step, self.batch, self.figures = step, batch, figures
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,6 @@ class StageModule(L.LightningModule, ABC):
         self.optimisation = optimisation
         self.weights = weights or Weights()
         self.logged: set[str] = set()  # this step's figures: not every batch has all
-        self.evidence: Path | None = None  # folder for the batch and the tensors with which a loss was not finite
         self.tokens = self.padding = 0  # that went through the model in training, and how many of them were none
 
     def configure_optimizers(self) -> Any:
@@ -137,7 +127,8 @@ class StageModule(L.LightningModule, ABC):
         figures = self.objective(batch, logprobs)
         for name, (weight, values) in self._beside(batch, kl).items():
             figures[name] = Figure(values.mean(), len(values), weight)
-        return {"loss": Figure(combined(figures), len(batch.pairs)), **figures}
+        loss = torch.stack([figure.weight * figure.value for figure in figures.values()]).sum()
+        return {"loss": Figure(loss, len(batch.pairs)), **figures}
 
     def _beside(self, batch: Batch, kl: Tensor | None) -> dict[str, tuple[float, Tensor]]:
         """What the loss has beside the stage's own: weight, and a value for each row that it concerns."""
@@ -164,28 +155,17 @@ class StageModule(L.LightningModule, ABC):
         figures = self.losses(batch)
         loss = figures["loss"].value
         if not torch.isfinite(loss):
-            kept = f"; {self._keep(batch, figures)} has the batch" if self.evidence else ""
-            raise PolicyPatchError(
+            message = (
                 f"the {self.stage} loss became {loss.item()} at step {self.global_step}: lower {self.stage}.lr "
-                f"(now {self.optimisation.lr}) or {self.stage}.clip{kept}"
+                f"(now {self.optimisation.lr}) or {self.stage}.clip"
             )
+            raise NotFiniteError(message, self.global_step, batch, figures)
         self._log("train", figures)
         for tree in (batch.tree, batch.texts, batch.balanced):
             if tree is not None:
                 self.tokens += tree.tokens
                 self.padding += tree.padding
         return loss
-
-    def _keep(self, batch: Batch, figures: Mapping[str, Figure]) -> Path:
-        """Write down what a loss that is not finite was computed from: lines of pairs.jsonl, figures, and tensors."""
-        assert self.evidence is not None
-        found = {name: str(figure.value.item()) for name, figure in figures.items()}  # as text: JSON has no NaN
-        path = self.evidence / "not_finite.json"
-        lines = [row + 1 for row in batch.pairs]
-        write_json(path, {"step": self.global_step, "lines_of_pairs": lines, "figures": found})
-        with atomic_path(self.evidence / "not_finite.safetensors") as temporary:
-            save_file({k: v.detach().cpu().contiguous() for k, v in self.backbone.state_dict().items()}, temporary)
-        return path
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same figures on held-out rows."""

@@ -16,11 +16,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from rich.console import Console
+from safetensors.torch import save_file
 
 from policypatch.data.datamodule import PairData
+from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import atomic_path, read_json, write_json
 from policypatch.train.memory import peak_memory
-from policypatch.train.module import Optimisation, StageModule
+from policypatch.train.module import NotFiniteError, Optimisation, StageModule
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +98,11 @@ def run_stage(
 
     Returns:
         the step it ended at.
+
+    Raises:
+        PolicyPatchError: a loss was not finite; its batch and tensors lie beside the stage's checkpoints then.
     """
     device = module.backbone.model.device
-    module.evidence = folder / "checkpoints" / module.stage
     checkpoints = ModelCheckpoint(
         dirpath=folder / "checkpoints" / module.stage,
         save_last=True,
@@ -140,6 +144,8 @@ def run_stage(
         try:
             with peak_memory(device) as peak, module.backbone.at_work():
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        except NotFiniteError as error:
+            raise PolicyPatchError(f"{error}; {_evidence(error, module, last.parent)} has the batch") from error
         finally:
             torch.use_deterministic_algorithms(False)  # a setting of the whole process, which sampling on a GPU refuses
             if trainer.global_step > _steps_of(resume):  # a stage that was done already costs nothing more
@@ -150,6 +156,18 @@ def run_stage(
     trainer.save_checkpoint(last)  # a run that is interrupted later does not train this stage again
     module.to(device)  # Lightning leaves a module, and with it the frozen base, on the CPU
     return trainer.global_step
+
+
+def _evidence(error: NotFiniteError, module: StageModule, folder: Path) -> Path:
+    """Write down what a loss that is not finite was computed from: lines of pairs.jsonl, figures, and tensors."""
+    found = {name: str(figure.value.item()) for name, figure in error.figures.items()}  # as text: JSON has no NaN
+    lines = [row + 1 for row in error.batch.pairs]
+    path = folder / "not_finite.json"
+    write_json(path, {"step": error.step, "lines_of_pairs": lines, "figures": found})
+    with atomic_path(path.with_suffix(".safetensors")) as temporary:
+        tensors = module.backbone.state_dict()
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+    return path
 
 
 def stage_cost(folder: Path, stage: str) -> tuple[float, int]:
