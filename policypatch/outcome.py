@@ -67,8 +67,8 @@ def package(
     save_peft(patch, folder / "peft")
 
 
-def package_stack(patch: artifact.Patch, scorecard: Scorecard, resolved: Any, folder: Path) -> None:
-    """Write a stack as an artifact with what was measured of it."""
+def package_measured(patch: artifact.Patch, scorecard: Scorecard, resolved: Any, folder: Path) -> None:
+    """Write a patch that had no scorecard yet, as a stack has none, with what was measured of it."""
     rows = [asdict(row) for row in scorecard]
     manifest = replace(patch.manifest, scorecard=rows, training=_settings(resolved))
     artifact.save(artifact.Patch(patch.vectors, manifest), folder / "patch")

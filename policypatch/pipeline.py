@@ -23,7 +23,7 @@ from policypatch.logs import quiet_libraries
 from policypatch.methods import StackMethod, Trained, Untrained
 from policypatch.model.arm import Arm
 from policypatch.model.latency import Load
-from policypatch.outcome import package, package_stack, record, say
+from policypatch.outcome import package, package_measured, record, say
 from policypatch.prepare import Prepared, prepare
 from policypatch.progress import Clock
 from policypatch.report.records import FAILED
@@ -83,8 +83,8 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
                 with clock("package"):
                     made = (ready.risk.name, ready.method.parents, pair_set, scorecard, resolved, started)
                     package(cfg, ready.base, arms[-1], *made, folder)
-            elif isinstance(ready.method, StackMethod) and ready.method.is_new:
-                package_stack(ready.method.patch, scorecard, resolved, folder)
+            elif isinstance(ready.method, StackMethod) and not ready.method.patch.manifest.scorecard:
+                package_measured(ready.method.patch, scorecard, resolved, folder)
             write_json(folder / "run.json", record(started, clock.seconds, pair_set, arguments))
             write_report(folder)
             job.finds(scorecard, folder)

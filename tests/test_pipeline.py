@@ -242,7 +242,7 @@ def test_a_method_without_training_is_one_arm_beside_the_base(method: str, go, t
 
 
 def test_patches_that_are_there_are_measured_as_they_stand(go, tiny_base, tmp_path: Path):
-    """One gives the figures of the run that made it; several become a patch of their own, with a scorecard."""
+    """One gives the figures of the run that made it; what had no scorecard, as several together, is left with one."""
     trained = go("a")
     again = go("b", method="stack", method__patches=f"[{tmp_path / 'a' / 'patch'}]")
     of_patch = [(row.metric, row.judge, row.value) for row in without_costs(trained) if row.arm == "patch"]
@@ -256,6 +256,9 @@ def test_patches_that_are_there_are_measured_as_they_stand(go, tiny_base, tmp_pa
     assert [parent.name for parent in made.manifest.parents] == ["other", first.manifest.name]
     assert [row["value"] for row in made.manifest.scorecard] == [row.value for row in card]
     assert not list((tmp_path / "c").rglob("*.ckpt")) and (tmp_path / "c" / "report.html").exists()
+
+    go("d", method="stack", method__patches=f"[{tmp_path / 'other'}]")  # one that nobody has measured yet
+    assert artifact.load(tmp_path / "d" / "patch").manifest.scorecard
 
 
 def test_patches_that_cannot_stand_end_the_run_first(go, tiny_base, tmp_path: Path):

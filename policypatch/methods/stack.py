@@ -23,7 +23,6 @@ class StackMethod(Untrained):
     Attributes:
         patch: what they are together.
         length: its vectors.
-        is_new: there are several, so that nobody has measured them together yet.
 
     Raises:
         PolicyPatchError: no folder is given, one does not load, or they are not of one base.
@@ -37,7 +36,7 @@ class StackMethod(Untrained):
             )
         loaded = [load(Path(folder)) for folder in patches]
         self.patch = loaded[0] if len(loaded) == 1 else stack(loaded)
-        self.length, self.is_new = self.patch.manifest.length, len(loaded) > 1
+        self.length = self.patch.manifest.length
 
     def check(self, base: Base) -> None:
         """Refuse patches of another base."""
