@@ -11,10 +11,7 @@ bfloat16 as well where the machine multiplies it.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import decoding, training
+from benchmarks.about import about
 from benchmarks.bases import default_base
 from benchmarks.figure import draw_growth
 from benchmarks.timing import Spread
@@ -96,17 +94,7 @@ def main() -> None:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts names {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     quiet_libraries()
-    results: dict[str, Any] = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-        },
-        "versions": {name: version(name) for name in PACKAGES},
-        "workload": str(Workload()),
-        "repeats": arguments.repeats,
-    }
+    results = about(*PACKAGES) | {"workload": str(Workload()), "repeats": arguments.repeats}
     for dtype in arguments.dtypes.split(","):
         found = measured(dtype, parts, arguments.repeats)
         named = keys(found)

@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.timing import Spread, in_turn, ratio, spread
+from benchmarks.workload import Workload
 from policypatch.model.applied import apply, remove
 from policypatch.model.base import Base
 from policypatch.model.decode import sample
 from policypatch.model.sampling import Sampling
 
 Load = Callable[[], Base]
-PROMPT, NEW_TOKENS, PATCH, RANK = 32, 256, 50, 16
+PROMPT, NEW_TOKENS, PATCH, RANK = 32, 256, Workload.patch, 16
 SAMPLED_PROMPTS, SAMPLES, SAMPLED_TOKENS = 12, 8, 20
 
 
@@ -101,7 +102,7 @@ def overhead(load: Load, repeats: int, new_tokens: int = NEW_TOKENS) -> dict[str
 def sampling(base: Base, repeats: int, new_tokens: int = SAMPLED_TOKENS) -> dict[str, Spread]:
     """Tokens per second of both ways, and the ratio ours / generate of neighbouring runs."""
     random = torch.Generator().manual_seed(0)
-    prompts = torch.randint(100, len(base.tokenizer), (SAMPLED_PROMPTS, 14), generator=random)
+    prompts = torch.randint(100, len(base.tokenizer), (SAMPLED_PROMPTS, Workload.prompt), generator=random)
     patch = base.embedding[torch.randint(0, len(base.tokenizer), (PATCH,), generator=random)].detach()
     how = Sampling(1.0, 0.9, new_tokens, new_tokens)
 

@@ -1,16 +1,13 @@
-"""A training step of policypatch: forward, backward, AdamW; the reference's log-probabilities as a sweep finds them."""
+"""A training step of policypatch; the reference's log-probabilities are there before, as a sweep finds them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-from torch import Tensor
-
+from benchmarks.side import Side
 from benchmarks.workload import BETA, LEARNING_RATE, Workload
 from policypatch.data.datamodule import Batch, PairData
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
+from policypatch.model.logprobs import item_logprobs
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
 from policypatch.train.module import Optimisation, StageModule
 from policypatch.train.sft_module import SFTModule
@@ -18,66 +15,36 @@ from policypatch.train.sft_module import SFTModule
 ROW_TOKENS = 512
 
 
-class Ours:
+class Ours(Side):
     """One stage on a base.
 
     Args:
         base: loaded.
         work: what a step is.
-        stage: `sft` or `dpo`.
-        steps: different batches, which are taken in order and then again.
+        stage: `sft` or `dpo`; DPO's reference is the base, as TRL has it for an adapter.
+        steps: different batches.
     """
 
     def __init__(self, base: Base, work: Workload, stage: str, steps: int = 1):
-        self.backbone = PrefixBackbone(base.model, work.vectors(base), ROW_TOKENS)
-        optimisation = Optimisation(steps, LEARNING_RATE, warmup=0.0, decay="constant")
+        backbone = PrefixBackbone(base.model, work.vectors(base), ROW_TOKENS)
+        super().__init__(backbone.patch, steps)
+        self.pairs = work.pairs
+        examples = work.examples(base, steps)
+        optimisation, reference = Optimisation(steps, LEARNING_RATE), None
         self.module: StageModule
         if stage == "dpo":
-            self.module = DPOModule(self.backbone, optimisation, PreferenceSettings(BETA))
+            self.module = DPOModule(backbone, optimisation, PreferenceSettings(BETA))
+            reference = item_logprobs(base, None, [example.item for example in examples], ROW_TOKENS)
         else:
-            self.module = SFTModule(self.backbone, optimisation)
-        examples = work.examples(base, steps)
-        completions = 2 if stage == "dpo" else 1
-        data = PairData(examples, work.pairs, steps, 0, completions, self.backbone.tree)
-        if stage == "dpo":
-            data.reference = self._reference(base, data, len(examples))
-        numbers = range(0, len(examples), work.pairs)
-        self._batches: list[Callable[[], Batch]] = [
-            lambda first=first: data.batch(range(first, first + work.pairs)) for first in numbers
-        ]
-        self.optimiser = torch.optim.AdamW(self.module.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-        self._step = 0
+            self.module = SFTModule(backbone, optimisation)
+        self.data = PairData(examples, work.pairs, steps, 0, 2 if stage == "dpo" else 1, backbone.tree, reference)
 
-    @property
-    def vectors(self) -> Tensor:
-        """(P, D) that are trained."""
-        return self.backbone.patch
+    def batch(self, number: int = 0) -> Batch:
+        """Packed anew, as in a run."""
+        return self.data.batch(range(number * self.pairs, (number + 1) * self.pairs))
 
-    def step(self) -> float:
-        """The loss before the step."""
-        loss = self.backward()
-        self.optimiser.step()
-        self._step += 1
-        return loss
-
-    def backward(self) -> float:
-        """The loss of the batch whose turn it is; its gradient is in `vectors` then, and nothing has moved.
-
-        The batch is packed anew, as in a run.
-        """
-        self.optimiser.zero_grad()
-        loss = self.module.losses(self.batch())["loss"].value
+    def loss_of(self, batch: int) -> float:
+        """As the stage computes it."""
+        loss = self.module.losses(self.batch(batch))["loss"].value
         loss.backward()
         return float(loss.detach())
-
-    def batch(self) -> Batch:
-        """The one whose turn it is."""
-        return self._batches[self._step % len(self._batches)]()
-
-    @torch.no_grad()
-    def _reference(self, base: Base, data: PairData, pairs: int) -> Tensor:
-        """(pairs, 2) of the base alone, as TRL takes it for an adapter."""
-        plain = PrefixBackbone(base.model, base.embedding[:0], ROW_TOKENS)
-        items = [data.examples[i].item for i in range(pairs)]
-        parts = [plain.sequence_logprobs(plain.tree(items[i : i + 8])) for i in range(0, pairs, 8)]
-        return torch.cat(parts).view(-1, 2)

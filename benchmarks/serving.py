@@ -11,8 +11,6 @@ other, by the official `openai` client, as fast as it is answered. Writes benchm
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import random
 import signal
 import socket
@@ -23,13 +21,13 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import openai
 from rich.console import Console
 
+from benchmarks.about import about
 from policypatch.files.atomic import write_json
 from policypatch.patch.artifact import load
 
@@ -168,11 +166,7 @@ def main() -> None:
             "mean_of_the_last_third": statistics.mean(held[2 * third :]),
         },
         "exit_status": ended,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {
-            name: version(name) for name in ("policypatch", "torch", "transformers", "fastapi", "uvicorn", "openai")
-        },
-    }
+    } | about("policypatch", "torch", "transformers", "fastapi", "uvicorn", "openai")
     Console().print_json(data=result)
     (ROOT / "results").mkdir(exist_ok=True)
     write_json(ROOT / "results" / "serving.json", result)

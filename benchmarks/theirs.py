@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PromptTuningConfig, TaskType
-from torch import Tensor
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from benchmarks.side import Side
 from benchmarks.workload import BETA, LEARNING_RATE, Workload
 from policypatch.data.datamodule import Example
 from policypatch.model.base import Base
@@ -37,14 +37,14 @@ class _SFT(_AsTheyAre, SFTTrainer):
     pass
 
 
-class Theirs:
+class Theirs(Side):
     """One stage on a base of its own: PEFT wraps the model that it is given.
 
     Args:
         base: loaded.
         work: what a step is.
         stage: `sft` or `dpo`.
-        steps: different batches, which are taken in order and then again.
+        steps: different batches.
         precomputed: the reference is computed once, before the first step.
         checkpointing: of activations, as TRL does by default; without it a step takes more memory and less time.
     """
@@ -81,29 +81,18 @@ class Theirs:
                 args = SFTConfig(**settings, max_length=None)
                 self.trainer = _SFT(args=args, train_dataset=_prompts(examples), **shared)
         self.trainer.current_gradient_accumulation_steps = 1  # `train` sets it
-        self.model = self.trainer.model
-        self.model.train()
-        (prompt,) = self.model.prompt_encoder.values()
-        self.vectors: Tensor = prompt.embedding.weight
+        self.trainer.model.train()
+        (prompt,) = self.trainer.model.prompt_encoder.values()
+        super().__init__(prompt.embedding.weight, steps)
         with torch.no_grad():
             self.vectors.copy_(work.vectors(base))
         rows = [self.trainer.train_dataset[i] for i in range(len(examples))]
-        self._batches = [rows[i : i + work.pairs] for i in range(0, len(rows), work.pairs)]
-        self.optimiser = torch.optim.AdamW([self.vectors], lr=LEARNING_RATE, weight_decay=0.0)
-        self._step = 0
+        self._rows = [rows[i : i + work.pairs] for i in range(0, len(rows), work.pairs)]
 
-    def step(self) -> float:
-        """The loss before the step."""
-        loss = self.backward()
-        self.optimiser.step()
-        self._step += 1
-        return loss
-
-    def backward(self) -> float:
-        """The loss of the batch whose turn it is; its gradient is in `vectors` then, and nothing has moved."""
-        self.optimiser.zero_grad()
-        batch = self.trainer.data_collator(self._batches[self._step % len(self._batches)])
-        return float(self.trainer.training_step(self.model, batch).detach())
+    def loss_of(self, batch: int) -> float:
+        """As the trainer computes it."""
+        padded = self.trainer.data_collator(self._rows[batch])
+        return float(self.trainer.training_step(self.trainer.model, padded).detach())
 
 
 def _preferences(examples: Sequence[Example]) -> Dataset:
