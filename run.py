@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 CONF = Path(__file__).parent / "conf"
 os.environ.setdefault("POLICYPATCH_HOME", str(CONF.parent.resolve()))  # config.yaml finds experiments/ by it
@@ -16,7 +17,7 @@ NAMING = "hydra.job.config.override_dirname.exclude_keys"
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
-    """One run, or one job of a sweep: compose is done, the rest is policypatch.pipeline."""
+    """One run, or one job of a sweep: compose is done, the rest is policypatch.launch."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -24,14 +25,15 @@ def main(cfg: DictConfig) -> None:
 
     hydra_cfg = HydraConfig.get()
     about = cfg, Path(hydra_cfg.runtime.output_dir), hydra_cfg.job.override_dirname, list(hydra_cfg.overrides.task)
+    log_config: Any = OmegaConf.to_container(hydra_cfg.job_logging, resolve=True)
     if hydra_cfg.mode == RunMode.MULTIRUN:
         from policypatch.sweep import job
 
-        return job(*about, hydra_cfg.launcher.get("n_jobs", 1))
-    from policypatch.pipeline import run
+        return job(*about, log_config, hydra_cfg.launcher.get("n_jobs", 1))
+    from policypatch.launch import start
 
     try:
-        run(*about)
+        start(*about, log_config)
     except PolicyPatchError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

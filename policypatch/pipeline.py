@@ -11,24 +11,26 @@ import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from policypatch import ranks
 from policypatch.errors import ForeignFolder
 from policypatch.evaluate.arms import evaluate_arms
 from policypatch.evaluate.costs import Training, latency_rows, size_rows
 from policypatch.evaluate.measure import Settings
 from policypatch.evaluate.probes import Bench
-from policypatch.evaluate.scorecard import Scorecard
+from policypatch.evaluate.scorecard import Row, Scorecard
 from policypatch.files.atomic import write_json, write_text
 from policypatch.files.cache import reset_counters
 from policypatch.logs import quiet_libraries
 from policypatch.methods import StackMethod, Trained, Untrained
 from policypatch.model.arm import Arm
+from policypatch.model.base import Base
 from policypatch.model.latency import Load
 from policypatch.outcome import package, package_measured, record, say
 from policypatch.prepare import Prepared, prepare
 from policypatch.progress import Clock
 from policypatch.report.records import FAILED
 from policypatch.report.run_report import write_report
-from policypatch.report.tracking import open_tracker
+from policypatch.report.tracking import Tracker, open_tracker
 from policypatch.settings import check
 from policypatch.train.stage import stage_cost
 from policypatch.training import trained_arms
@@ -40,7 +42,7 @@ PROMPTS = ("prompts", "other_prompts")  # but these of `evaluate`: what is measu
 
 
 def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> Scorecard:
-    """Make a patch and its scorecard in `folder`.
+    """Make a patch and its scorecard in `folder`; every rank calls it (`policypatch.launch`).
 
     Called again on a folder that an interrupted run left, it takes up where that one stopped.
 
@@ -59,12 +61,12 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
     reset_counters()
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     _refuse_foreign_folder(folder, resolved)
-    (folder / FAILED).unlink(missing_ok=True)  # an earlier attempt's
+    ranks.once(lambda: (folder / FAILED).unlink(missing_ok=True))  # an earlier attempt's
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.trainer.threads is not None:
         torch.set_num_threads(cfg.trainer.threads)
     clock = Clock()
-    tracker = open_tracker(cfg.logger, folder, cfg.name, overrides, resolved)
+    tracker = open_tracker(cfg.logger, folder, cfg.name, overrides, resolved) if ranks.first() else Tracker()
     status = 1
     try:
         with clock("load"):
@@ -73,25 +75,30 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
         arms, pair_set, training = [Arm("base")], None, None
         if isinstance(ready.method, Trained):
             pair_set = trained_arms(cfg, ready, ready.method, arms, clock, tracker, folder)
-            training = Training.sum([stage_cost(folder, stage) for stage in ("sft", "dpo")], cfg.trainer.devices)
+            training = Training.sum([stage_cost(folder, stage) for stage in ("sft", "dpo")], ranks.size())
         elif isinstance(ready.method, Untrained) and (arm := ready.method.arm(ready.teacher)) is not None:
             arms.append(arm)
         with tracker.job("eval") as job:
             scorecard = _measured(cfg, ready, arms, training, clock, folder)
-            if pair_set is not None:
-                job.reads(folder / "pairs.jsonl", pair_set.counts)
-                with clock("package"):
-                    made = (ready.risk.name, ready.method.parents, pair_set, scorecard, resolved, started)
-                    package(cfg, ready.base, arms[-1], *made, folder)
-            elif isinstance(ready.method, StackMethod) and not ready.method.patch.manifest.scorecard:
-                package_measured(ready.method.patch, scorecard, resolved, folder)
-            write_json(folder / "run.json", record(started, clock.seconds, pair_set, arguments))
-            write_report(folder)
-            job.finds(scorecard, folder)
+
+            def leave() -> None:
+                if pair_set is not None:
+                    job.reads(folder / "pairs.jsonl", pair_set.counts)
+                    with clock("package"):
+                        made = (ready.risk.name, ready.method.parents, pair_set, scorecard, resolved, started)
+                        package(cfg, ready.base, arms[-1], *made, folder)
+                elif isinstance(ready.method, StackMethod) and not ready.method.patch.manifest.scorecard:
+                    package_measured(ready.method.patch, scorecard, resolved, folder)
+                write_json(folder / "run.json", record(started, clock.seconds, pair_set, arguments))
+                write_report(folder)
+                job.finds(scorecard, folder)
+
+            ranks.once(leave)
         status = 0
     finally:
         tracker.close(status)
-    say(scorecard, folder, cfg.evaluate.level)
+    if ranks.first():
+        say(scorecard, folder, cfg.evaluate.level)
     return scorecard
 
 
@@ -127,15 +134,17 @@ def _measured(
     if len(arms) > 1:
         with clock("costs"):
             scorecard += size_rows(arms[-1], ready.base, training)
-            try:
-                scorecard += latency_rows(arms[-1], ready.base, _loads(cfg), cfg.evaluate.costs.repeats)
-            except RuntimeError as error:  # a GPU without room for the largest batch must not cost the patch
-                log.warning("answering was not timed: %s", error)
+            scorecard += ranks.once(lambda: _timed(cfg, ready.base, arms[-1]))
             scorecard.save(folder / "scorecard.json")
     return scorecard
 
 
-def _loads(cfg: DictConfig) -> list[Load]:
-    """What arms answer to be timed."""
+def _timed(cfg: DictConfig, base: Base, arm: Arm) -> list[Row]:
+    """How long an arm takes to answer, none where that cannot be found out."""
     costs = cfg.evaluate.costs
-    return [Load(prompt, batch) for prompt in costs.prompts for batch in costs.batches]
+    loads = [Load(prompt, batch) for prompt in costs.prompts for batch in costs.batches]
+    try:
+        return latency_rows(arm, base, loads, costs.repeats)
+    except RuntimeError as error:  # a GPU without room for the largest batch must not cost the patch
+        log.warning("answering was not timed: %s", error)
+        return []

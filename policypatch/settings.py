@@ -45,8 +45,7 @@ NUMBERS: dict[str, Number] = {
     "evaluate.costs.repeats": Number(least=1, whole=True),
     "decode_rows": Number(least=1, whole=True),
     "row_tokens": Number(least=16, whole=True),
-    # Lightning would start the command line again for every further device, a sweep included.
-    "trainer.devices": Number(least=1, most=1, whole=True),
+    "trainer.num_nodes": Number(least=1, whole=True),
     "trainer.threads": Number(least=1, whole=True, null=True),
     "trainer.checkpoint_every": Number(least=1, whole=True),
     "trainer.validate_every": Number(least=1, whole=True),
@@ -76,6 +75,7 @@ CHOICES = {
     "init.kind": ("text", "vocab", "random", "patch"),
     "logger.kind": ("wandb", "csv"),
     "trainer.accelerator": ("cpu", "gpu"),
+    "trainer.strategy": ("ddp",),
 }
 SWITCHES = ("sft.enabled", "dpo.enabled", "evaluate.after_sft", "trainer.recompute")
 OPTIONAL_CHOICES = {"logger.mode": ("offline", "online", "shared", "disabled")}
@@ -111,6 +111,10 @@ def check(cfg: DictConfig) -> None:
     for key, allowed in OPTIONAL_CHOICES.items():
         if (value := OmegaConf.select(cfg, key, default=_ABSENT)) is not _ABSENT:
             _check_choice(key, value, allowed)
+    if (devices := cfg.trainer.devices) != "all":
+        Number(least=1, whole=True).check("trainer.devices", devices)
+    elif cfg.trainer.accelerator != "gpu":
+        raise PolicyPatchError("trainer.devices=all is for GPUs: say how many processes are to share the CPU")
     for key, (pattern, what) in PATTERNS.items():
         value = OmegaConf.select(cfg, key)
         if value is None or not re.fullmatch(pattern, str(value), re.ASCII):

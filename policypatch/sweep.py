@@ -24,18 +24,20 @@ LIST = "POLICYPATCH_SWEEP"
 """Environment variable, which the jobs' processes inherit: a file with a line for the folder of every job."""
 
 
-def job(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str], at_once: int = 1) -> None:
-    """One job of a sweep: as `policypatch.pipeline.run`, but what goes wrong is written down and ends this job alone.
+def job(
+    cfg: DictConfig, folder: Path, overrides: str, arguments: list[str], log_config: Any = None, at_once: int = 1
+) -> None:
+    """One job of a sweep: as `policypatch.launch.start`, but what goes wrong is written down and ends this job alone.
 
     Hydra would go on as well, but forget to finish the sweep: it raises the first failure at its end.
 
     Args:
-        cfg, folder, overrides, arguments: see there.
+        cfg, folder, overrides, arguments, log_config: see there.
         at_once: jobs that the launcher runs at the same time on this machine, which share its cores; -1 one for each.
     """
     import torch
 
-    from policypatch.pipeline import run
+    from policypatch.launch import start
 
     folder.mkdir(parents=True, exist_ok=True)
     if listed := os.environ.get(LIST):
@@ -46,7 +48,7 @@ def job(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str], at_
         if at_once != 1:
             cores = os.cpu_count() or 1
             torch.set_num_threads(min(threads, max(1, cores // (at_once if at_once > 0 else cores))))
-        run(cfg, folder, overrides, arguments)
+        start(cfg, folder, overrides, arguments, log_config)
     except Exception as error:
         known = isinstance(error, PolicyPatchError)  # one sentence says it all; anything else needs its traceback
         log.error("%s failed: %s", overrides or folder.name, error, exc_info=None if known else error)

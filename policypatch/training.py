@@ -136,7 +136,7 @@ def made_pairs(context: TeacherContext, own: list[Probe], teacher: Teacher) -> P
     shown = {
         k: v for k, v in about.items() if k not in ("prompts", "benign_prompts", "benign_texts", "swaps", "evaluation")
     }
-    cached = entry("pairs", content_key(**about), build, about=shown)
+    cached = entry("pairs", content_key(**about), build, about=shown, together=True)
     pair_set = PairSet.read(cached / "pairs.jsonl", cached / "counts.json")
     log.info("%d pairs (%s)", len(pair_set.pairs), pair_set.counts)
     return pair_set

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from policypatch import ranks
 from policypatch.data.pairs import IN_BATCH, Pair, Text
 from policypatch.errors import PolicyPatchError
 from policypatch.model.form import CHAT, PLAIN, Form
@@ -58,6 +59,7 @@ class Batch:
         anchor: rows held to the base, None where there are none.
         texts: benign texts and their continuations, which are held to the base and have no other loss.
         balanced: prompts with two completions each that should be equally likely.
+        counts: false on a rank for which a batch had no row left, so that it reads one of another's.
     """
 
     pairs: tuple[int, ...]
@@ -68,6 +70,7 @@ class Batch:
     anchor: Anchor | None = None
     texts: Tree | None = None
     balanced: Tree | None = None
+    counts: bool = True
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -121,7 +124,7 @@ class PairData(L.LightningDataModule):
 
     Args:
         examples: one for each pair, with completions (chosen, rejected), or (chosen,) for a benign row without one.
-        batch_size: rows an optimiser step (one process, no accumulation).
+        batch_size: rows an optimiser step, over all ranks.
         steps: optimiser steps of the stage.
         seed: fixes the order.
         completions: 1 for SFT (chosen only), 2 for DPO.
@@ -163,12 +166,14 @@ class PairData(L.LightningDataModule):
         return [i for i, example in enumerate(self.examples) if example.kind in kinds]
 
     def batch(self, pairs: Sequence[int], texts: Sequence[int] = (), balanced: Sequence[int] = ()) -> Batch:
-        """The batch of these row numbers."""
+        """The batch of these row numbers; of several ranks, this one's share of it."""
+        texts, balanced = (_dealt(numbers) for numbers in (texts, balanced))
+        counts, pairs = bool(_dealt(pairs)), _dealt(pairs) or pairs[:1]
         rows = [self.examples[i] for i in pairs]
         items = [Item(row.item.prompt, row.item.completions[: self.completions]) for row in rows]
-        counts = torch.tensor([len(item.completions) for item in items])
-        chosen = counts.cumsum(0) - counts
-        rejected = torch.where(counts > 1, chosen + 1, -1)
+        sides = torch.tensor([len(item.completions) for item in items])
+        chosen = sides.cumsum(0) - sides
+        rejected = torch.where(sides > 1, chosen + 1, -1)
         reference = None if self.reference is None else self.reference[list(pairs)]
         held = [
             b
@@ -179,10 +184,11 @@ class PairData(L.LightningDataModule):
         if held:
             alone = [Item(items[b].prompt, items[b].completions[:1]) for b in held]
             anchor = Anchor(self.build(alone), chosen[held])
-        beside = [
-            self.build([self.examples[i].item for i in numbers]) if numbers else None for numbers in (texts, balanced)
-        ]
-        return Batch(tuple(pairs), self.build(items), chosen, rejected, reference, anchor, *beside)
+        beside = {
+            name: self.build([self.examples[i].item for i in numbers]) if numbers else None
+            for name, numbers in (("texts", texts), ("balanced", balanced))
+        }
+        return Batch(tuple(pairs), self.build(items), chosen, rejected, reference, anchor, **beside, counts=counts)
 
     def train_dataloader(self) -> DataLoader:
         """The whole schedule, read from the trainer's current step on: a resumed run sees what was still to come."""
@@ -213,6 +219,11 @@ class PairData(L.LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch; Lightning does not know our type."""
         return batch.to(device)
+
+
+def _dealt(numbers: Sequence[int]) -> Sequence[int]:
+    """This rank's share of a batch's rows. Dealt out one by one, for a batch has its benign rows at its end."""
+    return numbers[ranks.rank() :: ranks.size()]
 
 
 def _split(rows: Sequence[Example], numbers: Sequence[int], held_out: float, seed: int) -> tuple[list[int], list[int]]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from policypatch import ranks
 from policypatch.evaluate.metrics import PerPromptMetric
 from policypatch.evaluate.scorecard import Row
 from policypatch.evaluate.statistics import paired_difference
@@ -43,8 +44,10 @@ class Settings:
 
 
 def filled(name: str, judge: str | None, metric: PerPromptMetric, values: torch.Tensor) -> Measured:
-    """A metric with its values: (N, k), or (N,) for k = 1."""
-    metric.update(values)
+    """A metric with its values: (N, k), or (N,) for k = 1. Each rank puts in its share; all have the whole."""
+    share = ranks.share(len(values))
+    metric.update(values[share.start : share.stop])
+    metric.gather()
     return Measured(name, judge, metric)
 
 

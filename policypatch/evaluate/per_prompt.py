@@ -71,6 +71,11 @@ class PerPromptMetric(Metric, ABC):
         dtype = torch.float32 if values.device.type == "mps" else torch.float64
         self.rows = [*held, values.to(dtype)]
 
+    def gather(self) -> None:
+        """Hold the rows of all ranks from now on, in the ranks' order; does nothing where there is one."""
+        self.sync()
+        self._to_sync = self._should_unsync = False  # `compute` need not do it for as long as it takes
+
     def compute(self) -> Tensor:
         """Return the figure, a scalar; NaN when no prompt has a value."""
         return torch.tensor(self._statistic(self._units().reshape(1, -1))[0], dtype=torch.float64)

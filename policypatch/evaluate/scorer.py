@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from policypatch.evaluate.likelihoods import backbone_of
-from policypatch.files.cache import array
+from policypatch.files.cache import rows_array
 from policypatch.model.base import Base
 from policypatch.model.completions import Completions
 from policypatch.model.tree import Item
@@ -32,36 +32,36 @@ def completion_nll(scorer: Base, made: Completions, samples: int) -> np.ndarray:
         "dtype": str(scorer.model.dtype)
     }
 
-    def make() -> np.ndarray:
-        with track(f"perplexity by {scorer.identity.id}", len(made.prompts)) as advance:
-            return _score(scorer, made, samples, advance)
+    def make(rows: range) -> np.ndarray:
+        with track(f"perplexity by {scorer.identity.id}", len(rows)) as advance:
+            return _score(scorer, made, rows, samples, advance)
 
-    return array("perplexity", about, make)
+    return rows_array("perplexity", about, len(made.prompts), make)
 
 
 @torch.inference_mode()
-def _score(scorer: Base, made: Completions, samples: int, advance: Callable[[int], None]) -> np.ndarray:
+def _score(scorer: Base, made: Completions, rows: range, samples: int, advance: Callable[[int], None]) -> np.ndarray:
     backbone = backbone_of(scorer)
-    out = np.full((len(made.prompts), samples), np.nan)
-    for batch in _batches(made, samples):
+    out = np.full((len(rows), samples), np.nan)
+    for batch in _batches(made, rows, samples):
         items, places = [], []
         for i in batch:
             ends = [tuple(scorer.encode(text)) for text in made.texts[i][:samples]]
             kept = [s for s, end in enumerate(ends) if end]
             if kept:
                 items.append(Item(tuple(scorer.encode_prompt(made.prompts[i])), tuple(ends[s] for s in kept)))
-                places += [(i, s) for s in kept]
+                places += [(i - rows.start, s) for s in kept]
         if items:
             tree = backbone.tree(items)
             lengths = torch.bincount(tree.sequence, minlength=tree.sequences)
             nll = -backbone.sequence_logprobs(tree) / lengths
-            rows, columns = zip(*places, strict=True)
-            out[list(rows), list(columns)] = nll.cpu().numpy()
+            lines, columns = zip(*places, strict=True)
+            out[list(lines), list(columns)] = nll.cpu().numpy()
         advance(len(batch))
     return out
 
 
-def _batches(made: Completions, samples: int) -> list[Sequence[int]]:
-    """Prompt numbers, so many together as make about BATCH_TOKENS completion tokens."""
+def _batches(made: Completions, rows: range, samples: int) -> list[Sequence[int]]:
+    """Numbers of these prompts, so many together as make about BATCH_TOKENS completion tokens."""
     at_once = max(1, BATCH_TOKENS // max(1, samples * made.max_new_tokens))
-    return [range(i, min(i + at_once, len(made.prompts))) for i in range(0, len(made.prompts), at_once)]
+    return [rows[i : i + at_once] for i in range(0, len(rows), at_once)]

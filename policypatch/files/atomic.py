@@ -1,5 +1,7 @@
 """Files that are either whole or not there: written beside their place, then renamed into it.
 
+Of several ranks the first alone writes; what the others make is thrown away.
+
 Also the two readers (JSON, JSON lines) and the digest that the rest of the project uses, so that every
 mistake in a file is told the same way: the file's name, and the row's number.
 """
@@ -9,12 +11,14 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from policypatch import ranks
 from policypatch.errors import PolicyPatchError
 
 BOM = b"\xef\xbb\xbf"  # some editors put it in front
@@ -40,6 +44,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
     what it held. Raises FileNotFoundError when the body wrote nothing.
     """
     target = Path(target)
+    if not ranks.first():
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere, target.name)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(target)
     try:
@@ -59,6 +67,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     raises, the temporary folder is removed.
     """
     target = Path(target)
+    if not ranks.first():
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(target)
     temporary.mkdir()

@@ -16,7 +16,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from policypatch import ranks
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import (
     TEMPORARY,
@@ -78,34 +79,76 @@ def _plain(value: Any, where: str) -> Any:
     raise TypeError(f"{where}: {value!r} ({type(value).__name__}) cannot be part of a cache key")
 
 
-def entry(kind: str, key: str, build: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> Path:
+def entry(
+    kind: str,
+    key: str,
+    build: Callable[[Path], None],
+    about: Mapping[str, Any] | None = None,
+    together: bool = False,
+) -> Path:
     """The folder of the entry `kind/key`, made with `build(empty folder)` when it is absent or damaged.
 
-    `about` is kept in the entry's `about.json` for people who look into the cache; `build` must not write
-    that file. Raises what `build` raises (nothing is left behind then), ValueError for a `kind` or `key`
-    that is no plain name, and PolicyPatchError when the cache cannot be written.
+    Of several ranks the first makes it, while the others wait.
+
+    Args:
+        kind: the folder of its like.
+        key: see `content_key`.
+        build: makes the content; it must not write `about.json`.
+        about: kept in the entry's `about.json` for people who look into the cache.
+        together: whether all ranks are to call `build`, which then shares the work out among them. What counts is what
+            the first writes.
+
+    Raises:
+        ValueError: a `kind` or `key` that is no plain name.
+        PolicyPatchError: the cache cannot be written, or is not one that all ranks see.
+        Exception: what `build` raises (nothing is left behind then).
     """
     if not _NAME.fullmatch(kind) or not _NAME.fullmatch(key):
         raise ValueError(f"not a plain name: {kind!r} or {key!r}")
     folder = cache_root() / kind / key
-    # Without the lock: entries never change, and a cache that others filled may be read-only.
-    if _damage(folder) is None:
-        return _hit(folder)
-    with _writable(folder), _lock(folder):
-        damage = _damage(folder)
-        if damage is None:  # another run made it while this one waited
+    with ExitStack() as held:
+        if ranks.once(lambda: _ready(folder, held)):
+            ranks.agree(lambda: _seen(folder))
             return _hit(folder)
-        if folder.exists():
-            log.warning("cache entry %s/%s is damaged (%s), making it again", kind, key, damage)
-            remove(folder)
-        for path in leftovers(folder):
-            remove(path)
         log.info("cache miss %s/%s", kind, key)
         _count(kind, "misses")
-        with atomic_folder(folder) as temporary:
-            build(temporary)
-            _describe(temporary, kind, key, about)
+        make = ranks.agree if together else ranks.once
+        make(lambda: _make(folder, build, about))
+        ranks.agree(lambda: _seen(folder))
     return folder
+
+
+def _ready(folder: Path, held: ExitStack) -> bool:
+    """Whether an entry can be used. Where not, it has been cleared away, and its lock is in `held`."""
+    # Without the lock: entries never change, and a cache that others filled may be read-only.
+    if _damage(folder) is None:
+        return True
+    held.enter_context(_writable(folder))
+    held.enter_context(_lock(folder))
+    damage = _damage(folder)
+    if damage is None:  # another run made it while this one waited
+        return True
+    if folder.exists():
+        log.warning("cache entry %s/%s is damaged (%s), making it again", folder.parent.name, folder.name, damage)
+        remove(folder)
+    for path in leftovers(folder):
+        remove(path)
+    return False
+
+
+def _make(folder: Path, build: Callable[[Path], None], about: Mapping[str, Any] | None) -> None:
+    with atomic_folder(folder) as temporary:
+        build(temporary)
+        _describe(temporary, folder.parent.name, folder.name, about)
+
+
+def _seen(folder: Path) -> None:
+    """Refuse a cache of this machine's own, which what the first rank made on another is not in."""
+    if not folder.is_dir():
+        raise PolicyPatchError(
+            f"rank {ranks.rank()} does not see {folder}, which the first rank has made: set POLICYPATCH_CACHE to a "
+            "folder that all machines share"
+        )
 
 
 def array(kind: str, about: Mapping[str, Any], make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -114,7 +157,27 @@ def array(kind: str, about: Mapping[str, Any], make: Callable[[], np.ndarray]) -
     def build(folder: Path) -> None:
         np.save(folder / "array.npy", make())
 
-    return np.load(entry(kind, content_key(**about), build, about=about) / "array.npy", allow_pickle=False)
+    return _read(entry(kind, content_key(**about), build, about=about))
+
+
+def rows_array(kind: str, about: Mapping[str, Any], rows: int, make: Callable[[range], np.ndarray]) -> np.ndarray:
+    """An entry that is an array of so many rows, each of which one rank makes.
+
+    Args:
+        kind, about: as of `array`.
+        rows: its first dimension.
+        make: gives the part of it that has the row numbers it is called with, consecutive ones.
+    """
+
+    def build(folder: Path) -> None:
+        np.save(folder / "array.npy", np.concatenate(ranks.parts(rows, make)))
+
+    return _read(entry(kind, content_key(**about), build, about=about, together=True))
+
+
+def _read(folder: Path) -> np.ndarray:
+    found: np.ndarray = np.load(folder / "array.npy", allow_pickle=False)
+    return found
 
 
 def _hit(folder: Path) -> Path:

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from policypatch import ranks
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_json, write_json
-from policypatch.files.cache import array, content_key, entry
+from policypatch.files.cache import content_key, entry, rows_array
 from policypatch.model.base import Base
 from policypatch.model.decode import sample
 from policypatch.model.form import PLAIN, Form
@@ -102,13 +103,14 @@ class Completions:
     def scores(self, judge: CompletionJudge) -> np.ndarray:
         """(prompts, k) the judge's scores, kept beside the samples."""
 
-        def make() -> np.ndarray:
-            log.info("judging %d texts by %s", len(self.texts) * self.k, judge.name)
-            prompts = [prompt for prompt in self.prompts for _ in range(self.k)]
-            scores = judge.score([text for row in self.texts for text in row], prompts)
-            return checked_scores(judge, scores, len(self.texts), self.k).reshape(len(self.texts), self.k)
+        def make(rows: range) -> np.ndarray:
+            log.info("judging %d texts by %s", len(rows) * self.k, judge.name)
+            prompts = [self.prompts[i] for i in rows for _ in range(self.k)]
+            scores = judge.score([text for i in rows for text in self.texts[i]], prompts)
+            return checked_scores(judge, scores, len(rows), self.k).reshape(len(rows), self.k)
 
-        return array("judgements", {"completions": self.key, "judge": judge.fingerprint}, make)
+        about = {"completions": self.key, "judge": judge.fingerprint}
+        return rows_array("judgements", about, len(self.texts), make)
 
 
 def checked_scores(judge: CompletionJudge, given: Any, prompts: int, k: int) -> np.ndarray:
@@ -182,12 +184,16 @@ def complete(
 
     encoded = [base.encode_prompt(prompt, form) for prompt in prompts]
 
-    def build(folder: Path) -> None:
-        with track(f"sampling for {what}", len(prompts)) as advance:
-            tokens = sample(base.model, encoded, patch, k, sampling, seed, base.eos, max_rows, advance)
-        write_json(folder / "tokens.json", tokens)
+    def make(rows: range) -> list[list[list[int]]]:
+        with track(f"sampling for {what}", len(rows)) as advance:
+            ours = [encoded[i] for i in rows]
+            return sample(base.model, ours, patch, k, sampling, seed, base.eos, max_rows, advance)
 
-    folder = entry("completions", key, build, about={n: v for n, v in about.items() if n != "prompts"})
+    def build(folder: Path) -> None:
+        write_json(folder / "tokens.json", [row for part in ranks.parts(len(encoded), make) for row in part])
+
+    shown = {name: value for name, value in about.items() if name != "prompts"}
+    folder = entry("completions", key, build, about=shown, together=True)
     tokens = read_json(folder / "tokens.json")
     texts = [[base.decode_after(before, c) for c in row] for before, row in zip(encoded, tokens, strict=True)]
     return Completions(key, list(prompts), tokens, texts, sampling.max_new_tokens, form)

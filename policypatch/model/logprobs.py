@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policypatch.files.cache import array
+from policypatch.files.cache import rows_array
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
 from policypatch.model.tree import Item
@@ -41,12 +41,13 @@ def item_logprobs(base: Base, patch: Tensor | None, items: Sequence[Item], row_t
     }
 
     @torch.no_grad()
-    def make() -> np.ndarray:
+    def make(rows: range) -> np.ndarray:
         backbone = PrefixBackbone(base.model, patch, row_tokens)
-        out = np.full((len(items), 2), np.nan, dtype=np.float32)
-        with track("log-probabilities", len(items)) as advance:
-            for start in range(0, len(items), AT_ONCE):
-                batch = list(items[start : start + AT_ONCE])
+        ours = [items[i] for i in rows]
+        out = np.full((len(ours), 2), np.nan, dtype=np.float32)
+        with track("log-probabilities", len(ours)) as advance:
+            for start in range(0, len(ours), AT_ONCE):
+                batch = ours[start : start + AT_ONCE]
                 sums = iter(backbone.sequence_logprobs(backbone.tree(batch)).tolist())
                 for row, item in enumerate(batch, start):
                     for column in range(len(item.completions)):
@@ -54,4 +55,4 @@ def item_logprobs(base: Base, patch: Tensor | None, items: Sequence[Item], row_t
                 advance(len(batch))
         return out
 
-    return torch.from_numpy(array("reference", about, make))
+    return torch.from_numpy(rows_array("reference", about, len(items), make))

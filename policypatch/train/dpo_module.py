@@ -9,8 +9,9 @@ from torch import Tensor
 from policypatch.data.datamodule import Batch
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone
+from policypatch.train.figures import Figure
 from policypatch.train.losses import dpo_loss, mean_nll, sequence_lengths
-from policypatch.train.module import Figure, Optimisation, StageModule, Weights
+from policypatch.train.module import Optimisation, StageModule, Weights
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from policypatch import ranks
 from policypatch.data.datamodule import Batch
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone, sum_by_sequence
+from policypatch.train.figures import LOSS, Figure, over_ranks, share_of_loss, with_loss
 from policypatch.train.losses import balance_loss
 
 
@@ -54,14 +56,6 @@ def rate_at(o: Optimisation) -> Callable[[int], float]:
         return 1.0
 
     return factor
-
-
-class Figure(NamedTuple):
-    """A figure of a batch, a mean over `rows` rows; `weight` is what it has in the loss."""
-
-    value: Tensor
-    rows: int
-    weight: float = 0.0
 
 
 class NotFiniteError(PolicyPatchError):
@@ -127,8 +121,7 @@ class StageModule(L.LightningModule, ABC):
         figures = self.objective(batch, logprobs)
         for name, (weight, values) in self._beside(batch, kl).items():
             figures[name] = Figure(values.mean(), len(values), weight)
-        loss = torch.stack([figure.weight * figure.value for figure in figures.values()]).sum()
-        return {"loss": Figure(loss, len(batch.pairs)), **figures}
+        return with_loss(figures, len(batch.pairs))
 
     def _beside(self, batch: Batch, kl: Tensor | None) -> dict[str, tuple[float, Tensor]]:
         """What the loss has beside the stage's own: weight, and a value for each row that it concerns."""
@@ -152,8 +145,8 @@ class StageModule(L.LightningModule, ABC):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step; a loss that is not finite ends the run rather than poisoning the patch."""
-        figures = self.losses(batch)
-        loss = figures["loss"].value
+        ours, figures = over_ranks(self.losses(batch), batch.counts)
+        loss = figures[LOSS].value
         if not torch.isfinite(loss):
             message = (
                 f"the {self.stage} loss became {loss.item()} at step {self.global_step}: lower {self.stage}.lr "
@@ -165,16 +158,21 @@ class StageModule(L.LightningModule, ABC):
             if tree is not None:
                 self.tokens += tree.tokens
                 self.padding += tree.padding
-        return loss
+        return share_of_loss(ours, figures, ranks.size())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same figures on held-out rows."""
-        self._log("val", self.losses(batch))
+        self._log("val", over_ranks(self.losses(batch), batch.counts)[1])
 
     def _log(self, split: str, figures: Mapping[str, Figure]) -> None:
         self.logged = {f"{split}/{name}" for name in figures}
         for name, figure in figures.items():
-            value = figure.value.detach()
+            held_out = split == "val"
             self.log(
-                f"{split}/{name}", value, batch_size=figure.rows, on_step=split == "train", on_epoch=split == "val"
+                f"{split}/{name}",
+                figure.value.detach(),
+                batch_size=figure.rows,
+                on_step=not held_out,
+                on_epoch=held_out,
+                sync_dist=held_out,  # all ranks have the same; Lightning warns where it is not asked to make sure
             )

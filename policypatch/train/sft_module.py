@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from policypatch.data.datamodule import Batch
+from policypatch.train.figures import Figure
 from policypatch.train.losses import sequence_lengths, sft_loss
-from policypatch.train.module import Figure, StageModule
+from policypatch.train.module import StageModule
 
 
 class SFTModule(StageModule):

@@ -18,6 +18,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from policypatch import ranks
 from policypatch.files.atomic import atomic_path
 from policypatch.files.cache import content_key, entry
 from policypatch.model.backbone import PrefixBackbone
@@ -66,10 +67,13 @@ def trained_once(
             shutil.copyfile(ours / name, target / name)
         write_figures(target / FIGURES, [row for row in read_figures(folder / FIGURES) if row["stage"] == stage])
 
-    cached = entry("stages", content_key(**known), build, about=known)
+    cached = entry("stages", content_key(**known), build, about=known, together=True)
     if trained:
         return
-    if not (ours / LAST).is_file() or (ours / LAST).read_bytes() != (cached / LAST).read_bytes():
+
+    def take() -> None:
+        if (ours / LAST).is_file() and (ours / LAST).read_bytes() == (cached / LAST).read_bytes():
+            return
         log.info("%s was trained before by a run of the same settings", stage)
         ours.mkdir(parents=True, exist_ok=True)
         for name in (COST, LAST):
@@ -78,6 +82,8 @@ def trained_once(
         others = [row for row in read_figures(folder / FIGURES) if row["stage"] != stage]
         write_figures(folder / FIGURES, [*read_figures(cached / FIGURES), *others])
         _tell(read_figures(cached / FIGURES), loggers)
+
+    ranks.once(take)
     train()  # from a checkpoint of its end: it loads that and takes no step
 
 

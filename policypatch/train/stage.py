@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from safetensors.torch import save_file
 
+from policypatch import ranks
 from policypatch.data.datamodule import PairData
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import atomic_path, read_json, write_json
@@ -62,7 +63,7 @@ class MetricsCsv(Callback):
         write_figures(self.path, [r for r in rows if r["stage"] != self.stage or int(r["step"]) <= trainer.global_step])
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
-        """One row for each figure of the step."""
+        """One row for each figure of the step, the whole batch's."""
         assert isinstance(module, StageModule)
         self._write(trainer, "train/", module.logged)  # Lightning keeps those of earlier steps, too
 
@@ -72,6 +73,8 @@ class MetricsCsv(Callback):
             self._write(trainer, "val/")
 
     def _write(self, trainer: L.Trainer, split: str, names: Collection[str] | None = None) -> None:
+        if not ranks.first():
+            return
         with self.path.open("a", newline="") as f:
             for name, value in trainer.callback_metrics.items():
                 if name.startswith(split) and (names is None or name in names):
@@ -114,9 +117,13 @@ def run_stage(
     if Console().is_terminal:
         callbacks.append(RichProgressBar())
     last = folder / "checkpoints" / module.stage / "last.ckpt"
+    several: dict[str, Any] = {"devices": 1}
+    if ranks.size() > 1:
+        several = {"devices": ranks.size() // trainer_cfg.num_nodes, "num_nodes": trainer_cfg.num_nodes}
+        several |= {"strategy": trainer_cfg.strategy, "use_distributed_sampler": False}  # the data module deals out
     trainer = L.Trainer(
         accelerator=trainer_cfg.accelerator,
-        devices=trainer_cfg.devices,
+        **several,
         max_steps=cfg.steps,
         max_epochs=-1,
         accumulate_grad_batches=1,
@@ -161,7 +168,7 @@ def run_stage(
 def _evidence(error: NotFiniteError, module: StageModule, folder: Path) -> Path:
     """Write down what a loss that is not finite was computed from: lines of pairs.jsonl, figures, and tensors."""
     found = {name: str(figure.value.item()) for name, figure in error.figures.items()}  # as text: JSON has no NaN
-    lines = [row + 1 for row in error.batch.pairs]
+    lines = sorted({row + 1 for rows in ranks.gather(error.batch.pairs) for row in rows})
     path = folder / "not_finite.json"
     write_json(path, {"step": error.step, "lines_of_pairs": lines, "figures": found})
     with atomic_path(path.with_suffix(".safetensors")) as temporary:

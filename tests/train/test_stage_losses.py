@@ -7,6 +7,7 @@ from policypatch.data.datamodule import Example, PairData
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.tree import Item
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
+from policypatch.train.figures import Figure, share_of_loss, whole, with_loss
 from policypatch.train.module import Optimisation, StageModule, Weights
 from policypatch.train.sft_module import SFTModule
 
@@ -160,32 +161,39 @@ SPLITS = pytest.mark.parametrize("split", [[[4, 0], [1, 2, 5]], [[4, 5], [0, 1],
 
 @SPLITS
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_shares_of_a_batch_sum_to_its_loss_however_it_is_split(stage: str, split: list[list[int]], backbone, mixed):
-    """One share has no benign row, another nothing else: loss and gradient are the whole batch's all the same."""
+def test_ranks_come_to_the_whole_batch_however_it_is_split(stage: str, split: list[list[int]], backbone, mixed):
+    """One share has no benign row, another nothing else: figures and mean gradient are the whole batch's."""
     ours, source = module(stage, backbone, 0.4), data(stage, backbone, mixed, "benign")
-    whole = ours.losses(source.batch([i for group in split for i in group]))
-    over = {name: figure.rows for name, figure in whole.items()}
+    expected = ours.losses(source.batch([i for group in split for i in group]))
     shares = [ours.losses(source.batch(group)) for group in split]
-    parts = [
-        torch.stack([f.weight * f.value * f.rows / over[name] for name, f in share.items()]).sum() for share in shares
-    ]
-    torch.testing.assert_close(torch.stack(parts).sum(), whole["loss"].value, **CLOSE)
-    expected, found = (torch.autograd.grad(loss, backbone.patch)[0] for loss in (whole["loss"].value, sum(parts)))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    found = whole(shares)
+    assert {name: figure.rows for name, figure in found.items()} == {n: f.rows for n, f in expected.items()}
+    for name, figure in found.items():
+        torch.testing.assert_close(figure.value, expected[name].value, **CLOSE)
+    losses = [share_of_loss(share, found, len(split)) for share in shares]
+    mean = torch.stack(losses).mean()
+    gradients = (torch.autograd.grad(loss, backbone.patch)[0] for loss in (mean, expected["loss"].value))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
-@torch.no_grad()
-@SPLITS
-def test_figures_weighted_by_their_rows_are_those_of_the_whole(split: list[list[int]], backbone, mixed):
-    """Whatever stands with what; so the curves over the held-out rows do not depend on the batches."""
-    ours, source = module("dpo", backbone, 0.4), data("dpo", backbone, mixed, "benign")
-    whole = ours.losses(source.batch([i for group in split for i in group]))
-    parts = [ours.losses(source.batch(group)) for group in split]
-    for name in set(whole) - {"loss"}:
-        there = [part[name] for part in parts if name in part]
-        assert sum(figure.rows for figure in there) == whole[name].rows
-        mean = sum(figure.value * figure.rows for figure in there) / whole[name].rows
-        torch.testing.assert_close(mean, whole[name].value, **CLOSE)
+def test_shares_by_hand():
+    """Means of 1 (3 rows) and 5 (1 row) make 2; weighted by 0.5, and by 2 what one rank has, 0.5 * 2 + 2 * 3 = 7."""
+    a, b = torch.tensor(1.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
+    c = torch.tensor(3.0, requires_grad=True)
+    shares = [with_loss({"x": Figure(a, 3, 0.5)}, 3), with_loss({"x": Figure(b, 1, 0.5), "y": Figure(c, 2, 2.0)}, 1)]
+    found = whole(shares)
+    assert [(f.value.item(), f.rows) for f in found.values()] == [(7.0, 4), (2.0, 4), (3.0, 2)]
+    sum(share_of_loss(share, found, 2) for share in shares).backward()
+    assert [x.grad.item() / 2 for x in (a, b, c)] == [0.375, 0.125, 2.0]  # 0.5 * 3/4, 0.5 * 1/4, 2
+
+
+def test_a_share_whose_rows_are_anothers_has_no_part_in_it():
+    a, b = torch.tensor(1.0, requires_grad=True), torch.tensor(9.0, requires_grad=True)
+    shares = [with_loss({"x": Figure(a, 3, 1.0)}, 3), with_loss({"x": Figure(b, 0, 1.0)}, 0)]
+    found = whole(shares)
+    assert found["loss"].value == 1.0 and found["loss"].rows == 3
+    sum(share_of_loss(share, found, 2) for share in shares).backward()
+    assert (a.grad.item(), b.grad.item()) == (2.0, 0.0)
 
 
 # --- the anchor -----------------------------------------------------------------------------------------------------

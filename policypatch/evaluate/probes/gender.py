@@ -12,7 +12,7 @@ from policypatch.evaluate.likelihoods import next_word_mass
 from policypatch.evaluate.measure import filled
 from policypatch.evaluate.metrics import GLD, MeanValue, StereotypePreference
 from policypatch.evaluate.probes.probe import Bench, Outcome, Plan, Reading, text_nll
-from policypatch.files.cache import array
+from policypatch.files.cache import rows_array
 from policypatch.model.arm import Arm
 
 WORD_TOKENS = 16  # that a listed word may have
@@ -42,14 +42,13 @@ class NextWordProbe:
         """The mass on either list behind each prompt."""
         words = [*self.male, *self.female]
 
-        def make() -> np.ndarray:
-            prompts = [arm.guidance.before + prompt for prompt in self.prompts]
+        def make(rows: range) -> np.ndarray:
+            prompts = [arm.guidance.before + self.prompts[i] for i in rows]
             with arm.on(bench.base) as base:
                 return next_word_mass(base, arm.vectors, prompts, words)
 
-        mass = array(
-            "word_mass", {"arm": arm.identity(bench.base), "prompts": list(self.prompts), "words": words}, make
-        )
+        about = {"arm": arm.identity(bench.base), "prompts": list(self.prompts), "words": words}
+        mass = rows_array("word_mass", about, len(self.prompts), make)
         male = len(self.male)
         both = np.stack([mass[:, :male].sum(1), mass[:, male:].sum(1)], 1)
         return Outcome(

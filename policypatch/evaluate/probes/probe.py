@@ -10,7 +10,7 @@ import numpy as np
 
 from policypatch.evaluate.likelihoods import sequence_nll
 from policypatch.evaluate.measure import Measured, Settings
-from policypatch.files.cache import array
+from policypatch.files.cache import rows_array
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.model.form import PLAIN, Form
@@ -115,9 +115,10 @@ class Probe(Protocol):
 def text_nll(bench: Bench, arm: Arm, texts: Sequence[str]) -> np.ndarray:
     """Negative log-likelihood of whole texts under an arm, and their tokens: (N, 2), from the cache where it has it."""
 
-    def make() -> np.ndarray:
-        before = [arm.guidance.before] * len(texts) if arm.guidance.before else None
+    def make(rows: range) -> np.ndarray:
+        before = [arm.guidance.before] * len(rows) if arm.guidance.before else None
         with arm.on(bench.base) as base:
-            return sequence_nll(base, arm.vectors, texts, before)
+            return sequence_nll(base, arm.vectors, [texts[i] for i in rows], before)
 
-    return array("text_nll", {"arm": arm.identity(bench.base), "texts": list(texts)}, make)
+    about = {"arm": arm.identity(bench.base), "texts": list(texts)}
+    return rows_array("text_nll", about, len(texts), make)

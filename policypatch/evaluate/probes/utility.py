@@ -11,7 +11,7 @@ import torch
 from policypatch.evaluate.measure import filled
 from policypatch.evaluate.metrics import CorpusPerplexity, MeanValue
 from policypatch.evaluate.probes.probe import Bench, Outcome, Plan, Reading, text_nll
-from policypatch.files.cache import array
+from policypatch.files.cache import rows_array
 from policypatch.model.arm import Arm
 from policypatch.model.completions import Completions, complete
 from policypatch.model.form import CHAT
@@ -56,29 +56,30 @@ class BenignKLProbe:
             CHAT,
         )
 
-        def make() -> np.ndarray:
-            return np.zeros(len(self.prompts)) if arm.is_base else _kl(bench, arm, made)
+        def make(rows: range) -> np.ndarray:
+            return np.zeros(len(rows)) if arm.is_base else _kl(bench, arm, made, rows)
 
-        values = array("divergence", {"arm": arm.identity(bench.base), "responses": made.key}, make)
+        about = {"arm": arm.identity(bench.base), "responses": made.key}
+        values = rows_array("divergence", about, len(self.prompts), make)
         return Outcome([filled("kl_benign", None, MeanValue(), torch.from_numpy(values))])
 
 
 @torch.no_grad()
-def _kl(bench: Bench, arm: Arm, made: Completions) -> np.ndarray:
-    """(prompts,) mean KL per token, NaN where the base's response is empty."""
+def _kl(bench: Bench, arm: Arm, made: Completions, rows: range) -> np.ndarray:
+    """(rows,) mean KL per token on these prompts, NaN where the base's response is empty."""
     form = arm.guidance.around(made.form)
-    written = [i for i in range(len(made.prompts)) if made.tokens[i][0]]
+    written = [i for i in rows if made.tokens[i][0]]
     theirs, ours = (
         {i: Item(tuple(bench.base.encode_prompt(made.prompts[i], f)), (tuple(made.tokens[i][0]),)) for i in written}
         for f in (made.form, form)
     )
-    out = np.full(len(made.prompts), np.nan)
+    out = np.full(len(rows), np.nan)
     with arm.on(bench.base), track(f"KL of {arm.name}", len(written)) as advance:
         backbone = arm.backbone(bench.base, bench.plan.row_tokens)
         for start in range(0, len(written), AT_ONCE):
             numbers = written[start : start + AT_ONCE]
             tree, base_tree = (backbone.tree([items[i] for i in numbers]) for items in (ours, theirs))
-            out[numbers] = backbone.divergence(tree, base_tree).cpu().numpy()
+            out[[i - rows.start for i in numbers]] = backbone.divergence(tree, base_tree).cpu().numpy()
             advance(len(numbers))
     return out
 

@@ -1,0 +1,128 @@
+"""A run of two ranks on one machine comes to what a run of one comes to."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import HashJudge, composed, overrides, without_costs
+
+from policypatch import ranks
+from policypatch.errors import PolicyPatchError
+from policypatch.evaluate.scorecard import Scorecard
+from policypatch.launch import start
+from policypatch.methods import PatchMethod
+from policypatch.model.backbone import PrefixBackbone
+
+
+@pytest.fixture
+def go(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run in a folder below tmp_path with a cache of its own."""
+
+    def go(name: str, devices: int, risk: str = "harmfulness", **changes) -> Path:
+        monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path / f"cache of {name}"))
+        arguments = overrides(tiny_base_folder, tmp_path, risk, trainer__devices=devices, **changes)
+        start(composed(arguments), tmp_path / name, "", arguments)
+        return tmp_path / name
+
+    return go
+
+
+def figures(folder: Path) -> dict[tuple[str, ...], float]:
+    with (folder / "metrics.csv").open() as f:
+        return {(row["stage"], row["step"], row["metric"]): float(row["value"]) for row in csv.DictReader(f)}
+
+
+def test_two_ranks_come_to_what_one_comes_to(go):
+    """Batches of an odd number of rows, benign ones and texts beside, some of which only one rank has."""
+    changes = {"sft.batch_size": 5, "dpo.batch_size": 5, "kl.weight": 0.3, "texts.rows": 1, "dpo.reference": "teacher"}
+    one, two = go("one", 1, others="all", **changes), go("two", 2, others="all", **changes)
+    assert (one / "pairs.jsonl").read_bytes() == (two / "pairs.jsonl").read_bytes()
+    expected, found = figures(one), figures(two)
+    assert found.keys() == expected.keys()
+    assert any(metric == "train/kl_texts" for _, _, metric in found)
+    assert any(metric == "val/loss" for _, _, metric in found)
+    assert found == pytest.approx(expected, abs=1e-5)
+    cards = [without_costs(Scorecard.load(folder / "scorecard.json")) for folder in (one, two)]
+    assert [(row.arm, row.split, row.metric, row.n) for row in cards[0]] == [
+        (row.arm, row.split, row.metric, row.n) for row in cards[1]
+    ]
+    base = [[row for row in card if row.arm == "base"] for card in cards]
+    assert [row.value for row in base[0]] == pytest.approx([row.value for row in base[1]], rel=1e-6)
+    records = [json.loads((folder / "run.json").read_text()) for folder in (one, two)]
+    assert records[0]["cache"] == records[1]["cache"]
+    assert records[0]["pairs"] == records[1]["pairs"]
+    assert not list(two.rglob(".tmp-*"))
+
+
+def test_a_run_that_one_process_has_begun_is_taken_up_by_two(go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from policypatch.train.dpo_module import DPOModule
+
+    expected = figures(go("whole", 1))
+    step = DPOModule.training_step
+
+    def breaks_off(self, batch, batch_idx):
+        if self.global_step == 3:
+            raise RuntimeError("the machine went down")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(DPOModule, "training_step", breaks_off)
+        with pytest.raises(RuntimeError, match="went down"):
+            go("run", 1)
+    path = tmp_path / "run" / "config.yaml"  # which says how many there were
+    path.write_text(path.read_text().replace("devices: 1", "devices: 2"))
+    assert figures(go("run", 2)) == pytest.approx(expected, abs=1e-5)
+
+
+class FailsOnItsShare(HashJudge):
+    """Finds one text that it cannot score, which only one rank has."""
+
+    def _score_batch(self, texts: list[str]) -> np.ndarray:
+        known = super()._score_batch(texts)
+        return np.where([len(texts) > 1 and text == sorted(texts)[0] for text in texts], np.nan, known)
+
+
+def test_what_one_rank_cannot_do_ends_the_run_on_all_in_one_sentence(go, tmp_path: Path):
+    judge = "{_target_:test_several_ranks.FailsOnItsShare,name:strict}"
+    with pytest.raises(PolicyPatchError, match=r"judge strict: text \d+ scored nan") as caught:
+        go("run", 2, "toxicity", **{"+risk.judges.strict": judge})
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "run" / "samples.jsonl").exists()  # what was measured before is there
+
+
+class NoNumbers(PrefixBackbone):
+    """Reads NaN on the second rank alone."""
+
+    def completion_logprobs(self, tree):
+        return super().completion_logprobs(tree) * (torch.nan if ranks.rank() == 1 else 1)
+
+
+class BreaksOnOneRank(PatchMethod):
+    """Trains such a backbone."""
+
+    def start(self, base, seed, row_tokens):
+        return NoNumbers(base.model, self.vectors(base, seed), row_tokens)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_told_with_the_whole_batch(go, tmp_path: Path):
+    with pytest.raises(PolicyPatchError, match=r"the sft loss became nan at step 0: .*not_finite\.json") as caught:
+        go("run", 2, "toxicity", method___target_="test_several_ranks.BreaksOnOneRank")
+    assert "\n" not in str(caught.value)
+    told = json.loads((tmp_path / "run" / "checkpoints" / "sft" / "not_finite.json").read_text())
+    assert told["step"] == 0 and len(told["lines_of_pairs"]) == 4
+
+
+def test_what_is_no_fault_of_the_user_is_told_with_its_rank(go):
+    judge = "{_target_:test_several_ranks.Breaks,name:broken}"
+    with pytest.raises(RuntimeError, match=r"rank \d failed: ZeroDivisionError"):
+        go("run", 2, "toxicity", **{"+risk.judges.broken": judge})
+
+
+class Breaks(HashJudge):
+    """Has a mistake in its code, met once there is more than one text."""
+
+    def _score_batch(self, texts: list[str]) -> np.ndarray:
+        return super()._score_batch(texts) / (len(texts) // int(len(texts) == 1))
