@@ -1,5 +1,6 @@
 # make demo   a judged, packaged toxicity patch for a real model        make test   fast tests, sets itself up
 # make lint   ruff + mypy        make check   lint + every test, slow ones too        make bench   speed, to a JSON
+# make test-slurm   sweeps on a SLURM of this machine alone (root, and the packages slurm-wlm and munge; skips without)
 # make engines   builds llama.cpp for the slow tests that need it (they skip, and say so, without)
 #
 # A GPU: make demo TORCH='torch==2.13.0 --index-url URL' with the index of the build that fits your driver, and
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(firstword $(shell printf %s "$(TORCH)" | cksum))
 ARGS ?=
 
-.PHONY: demo test lint check bench slow engines clean
+.PHONY: demo test lint check bench slow test-slurm engines clean
 
 demo: $(READY)
 	$(BIN)/python run.py name=demo $(ARGS)
@@ -24,6 +25,9 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/pytest -m slow
+
+test-slurm: $(READY)
+	$(BIN)/pytest -m slurm -rs tests/slurm
 
 # llama.cpp, so that the slow tests can serve a patch with an engine that knows nothing of patches.
 engines: $(READY)

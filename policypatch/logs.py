@@ -16,5 +16,7 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+    # Of every machine that has SLURM, also where a run is not meant for it.
+    warnings.filterwarnings("ignore", r"The `srun` command is available on your system but is not used")
     # Lightning's own use of a torch API that is about to change; nothing a user could do.
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*")

@@ -32,7 +32,7 @@ from policypatch.report.records import FAILED
 from policypatch.report.run_report import write_report
 from policypatch.report.tracking import Tracker, open_tracker
 from policypatch.settings import check
-from policypatch.train.stage import stage_cost
+from policypatch.train.cost import stage_cost
 from policypatch.training import trained_arms
 
 log = logging.getLogger(__name__)

@@ -144,6 +144,34 @@ def check(cfg: DictConfig) -> None:
         _check_section(cfg, key, kind)
 
 
+def check_launcher(trainer: DictConfig, launcher: DictConfig) -> None:
+    """Refuse a launcher that would not start every rank of a sweep's job, or jobs at once that want the same devices.
+
+    Args:
+        trainer: of the job.
+        launcher: Hydra's, of the sweep.
+    """
+    devices, nodes = trainer.devices, trainer.num_nodes
+    if "tasks_per_node" in launcher:
+        if devices == "all":
+            raise PolicyPatchError("trainer.devices=all is known on this machine alone: say how many a job has on each")
+        for key, wanted in (("tasks_per_node", devices), ("nodes", nodes)):
+            if launcher[key] != wanted:
+                raise PolicyPatchError(
+                    f"hydra.launcher.{key} is {launcher[key]} and a job has {wanted}: use hydra/launcher=slurm, which "
+                    "starts every rank, and give jobs of another size a sweep of their own"
+                )
+    elif nodes > 1:
+        raise PolicyPatchError(
+            f"trainer.num_nodes is {nodes} and this launcher starts nothing on other machines: use hydra/launcher=slurm"
+        )
+    elif "n_jobs" in launcher and devices != 1:
+        raise PolicyPatchError(
+            f"hydra/launcher=joblib runs jobs at once, each of which wants {devices} devices: leave it out, which runs "
+            "them one after another, or use hydra/launcher=slurm"
+        )
+
+
 def _check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise PolicyPatchError(f"{key} is {value!r}: choose {', '.join(allowed)}")
@@ -210,7 +238,8 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         multirun: whether several values of a key are a sweep.
 
     Raises:
-        PolicyPatchError: an unknown key (with the nearest known one), an unknown choice, or what `check` refuses.
+        PolicyPatchError: an unknown key (with the nearest known one), an unknown choice, or what `check` or
+            `check_launcher` refuses.
     """
     overrides = _parse(arguments)
     swept = [o for o in overrides if o.is_sweep_override()]
@@ -225,8 +254,12 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         known = compose("config", overrides=[o.input_line or "" for o in overrides if o not in swept and _is_choice(o)])
         for override in overrides:
             _check_key(override, known, {o.key_or_group for o in swept})
+        launcher = compose("config", overrides=plain, return_hydra_config=True).hydra.launcher  # one for all jobs
         for extra in _single_values(swept):
-            check(compose("config", overrides=[*plain, *extra]))
+            cfg = compose("config", overrides=[*plain, *extra])
+            check(cfg)
+            if multirun:
+                check_launcher(cfg.trainer, launcher)
     except (HydraException, OmegaConfBaseException) as error:
         raise PolicyPatchError(_first_line(error)) from error
     except yaml.YAMLError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -40,6 +41,8 @@ def job(
     from policypatch.launch import start
 
     folder.mkdir(parents=True, exist_ok=True)
+    if "SUBMITIT_EXECUTOR" in os.environ:  # which waits for SIGKILL, while what the job depends on has ended already
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if listed := os.environ.get(LIST):
         with Path(listed).open("a", encoding="utf-8") as f:
             f.write(f"{folder.resolve()}\n")

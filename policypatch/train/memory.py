@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,30 +13,43 @@ import torch
 PROCESS = Path("/proc/self")
 
 
-@dataclass
 class Peak:
-    """Bytes; 0 until the part is over."""
+    """The most memory held so far; once the part is over, in all of it."""
 
-    bytes: int = 0
+    def __init__(self, read: Callable[[], int]):
+        self._read, self._end = read, -1
+
+    @property
+    def bytes(self) -> int:
+        """In bytes."""
+        return self._read() if self._end < 0 else self._end
+
+    def close(self) -> None:
+        """What is held from now on is none of it."""
+        self._end = self._read()
 
 
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """The most memory held at any time within the block: of the GPU where `device` is one, else of the process.
+def peak_from_now(device: torch.device) -> Peak:
+    """The most memory held from now on: of the GPU where `device` is one, else of the process.
 
     Where the kernel does not let a process start its own peak anew (it is Linux that does), the figure is the
     process's peak so far.
     """
-    peak = Peak()
-    on_gpu = device.type == "cuda"
-    if on_gpu:
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        _start_anew()
+        return Peak(lambda: int(torch.cuda.max_memory_allocated(device)))
+    _start_anew()
+    return Peak(_resident_peak)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """The same of a block."""
+    peak = peak_from_now(device)
     try:
         yield peak
     finally:
-        peak.bytes = torch.cuda.max_memory_allocated(device) if on_gpu else _resident_peak()
+        peak.close()
 
 
 def _start_anew() -> None:

@@ -23,7 +23,8 @@ from policypatch.files.atomic import atomic_path
 from policypatch.files.cache import content_key, entry
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.patch.artifact import digest
-from policypatch.train.stage import COST, read_figures, write_figures
+from policypatch.train.cost import COST
+from policypatch.train.stage import read_figures, write_figures
 
 log = logging.getLogger(__name__)
 

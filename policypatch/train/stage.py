@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import logging
-import time
+import signal
+import threading
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
@@ -21,13 +23,12 @@ from safetensors.torch import save_file
 from policypatch import ranks
 from policypatch.data.datamodule import PairData
 from policypatch.errors import PolicyPatchError
-from policypatch.files.atomic import atomic_path, read_json, write_json
-from policypatch.train.memory import peak_memory
+from policypatch.files.atomic import atomic_path, write_json
+from policypatch.train.cost import Cost
 from policypatch.train.module import NotFiniteError, Optimisation, StageModule
 
 log = logging.getLogger(__name__)
 
-COST = "cost.json"  # beside a stage's checkpoints: what its training took
 FIELDS = ("stage", "step", "metric", "value")
 STAGES = ("sft", "dpo")
 
@@ -81,6 +82,22 @@ class MetricsCsv(Callback):
                     csv.writer(f).writerow([self.stage, trainer.global_step, name, f"{value.item():.6g}"])
 
 
+class OwnSignals(Callback):
+    """Leave SIGTERM as it was before the trainer began.
+
+    What a run has done is on disk, so it may end at once. Lightning would go on to the end of the step and have the
+    ranks tell each other first, where one that is gone would be waited for.
+    """
+
+    def __init__(self) -> None:
+        self.before = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Lightning has put its own handler in place by now."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.before)
+
+
 def run_stage(
     module: StageModule,
     data: PairData,
@@ -113,17 +130,18 @@ def run_stage(
         every_n_train_steps=trainer_cfg.checkpoint_every,
         enable_version_counter=False,
     )
-    callbacks: list[Callback] = [MetricsCsv(folder / "metrics.csv", module.stage), checkpoints]
+    figures, cost = MetricsCsv(folder / "metrics.csv", module.stage), Cost(device)
+    callbacks: list[Callback] = [OwnSignals(), figures, cost, checkpoints]
     if Console().is_terminal:
         callbacks.append(RichProgressBar())
     last = folder / "checkpoints" / module.stage / "last.ckpt"
-    several: dict[str, Any] = {"devices": 1}
-    if ranks.size() > 1:
-        several = {"devices": ranks.size() // trainer_cfg.num_nodes, "num_nodes": trainer_cfg.num_nodes}
-        several |= {"strategy": trainer_cfg.strategy, "use_distributed_sampler": False}  # the data module deals out
     trainer = L.Trainer(
         accelerator=trainer_cfg.accelerator,
-        **several,
+        devices=ranks.size() // trainer_cfg.num_nodes,
+        num_nodes=trainer_cfg.num_nodes,
+        strategy=trainer_cfg.strategy if ranks.size() > 1 else "auto",
+        plugins=[ranks.environment() or LightningEnvironment()],  # said here, or Lightning would requeue SLURM's jobs
+        use_distributed_sampler=False,  # the data module deals out each batch
         max_steps=cfg.steps,
         max_epochs=-1,
         accumulate_grad_batches=1,
@@ -147,19 +165,17 @@ def run_stage(
         # Lightning cannot see that the loader starts where the checkpoint stopped.
         warnings.filterwarnings("ignore", "The dirpath has changed")  # a checkpoint of another run (train/shared.py)
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
-        start = time.monotonic()
         try:
-            with peak_memory(device) as peak, module.backbone.at_work():
+            with module.backbone.at_work():
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         except NotFiniteError as error:
             raise PolicyPatchError(f"{error}; {_evidence(error, module, last.parent)} has the batch") from error
         finally:
             torch.use_deterministic_algorithms(False)  # a setting of the whole process, which sampling on a GPU refuses
-            if trainer.global_step > _steps_of(resume):  # a stage that was done already costs nothing more
-                _add_cost(folder, module.stage, time.monotonic() - start, peak.bytes)
     if module.tokens:
         share = module.padding / module.tokens
         log.info("%s: %d tokens, %.1f %% of them padding", module.stage, module.tokens, 100 * share)
+    cost.save(last.parent)
     trainer.save_checkpoint(last)  # a run that is interrupted later does not train this stage again
     module.to(device)  # Lightning leaves a module, and with it the frozen base, on the CPU
     return trainer.global_step
@@ -175,23 +191,6 @@ def _evidence(error: NotFiniteError, module: StageModule, folder: Path) -> Path:
         tensors = module.backbone.state_dict()
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
     return path
-
-
-def stage_cost(folder: Path, stage: str) -> tuple[float, int]:
-    """Seconds of training and most memory held in it, over all attempts; (0, 0) where the stage was left out."""
-    path = folder / "checkpoints" / stage / COST
-    known = read_json(path) if path.is_file() else {"seconds": 0.0, "peak_bytes": 0}
-    return float(known["seconds"]), int(known["peak_bytes"])
-
-
-def _add_cost(folder: Path, stage: str, seconds: float, peak: int) -> None:
-    before, most = stage_cost(folder, stage)
-    cost = {"seconds": before + seconds, "peak_bytes": max(most, peak)}
-    write_json(folder / "checkpoints" / stage / COST, cost)
-
-
-def _steps_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(torch.load(checkpoint, weights_only=True)["global_step"])
 
 
 def optimisation(cfg: DictConfig) -> Optimisation:

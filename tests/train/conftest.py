@@ -84,7 +84,9 @@ def fit() -> Callable[..., int]:
     def run(module: StageModule, data: PairData, folder: Path, every: int = 4, clip: float = 1.0) -> int:
         folder.mkdir(exist_ok=True)
         stage = OmegaConf.create({"steps": data.steps, "clip": clip})
-        trainer = OmegaConf.create({"accelerator": "cpu", "devices": 1, "checkpoint_every": every, "validate_every": 3})
+        trainer = OmegaConf.create(
+            {"accelerator": "cpu", "num_nodes": 1, "checkpoint_every": every, "validate_every": 3}
+        )
         return run_stage(module, data, stage, trainer, folder, [])
 
     return run

@@ -1,0 +1,70 @@
+"""What the training of a stage takes, over all attempts: it is kept in the checkpoints, with what it was spent on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from policypatch.files.atomic import read_json, write_json
+from policypatch.train.memory import Peak, peak_from_now
+
+COST = "cost.json"  # beside a stage's checkpoints
+
+
+class Cost(Callback):
+    """Seconds of training and the most memory held in it.
+
+    Args:
+        device: where it is trained.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peak: Peak | None = None  # of this attempt
+        self.seconds, self.most = 0.0, 0  # of the attempts and parts that are over
+        self.started: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Not called where a checkpoint is that of a stage's end."""
+        self.started, self.peak = time.monotonic(), peak_from_now(self.device)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """The figures stand."""
+        self._add()
+        self.started = None
+
+    def _add(self) -> None:
+        if self.started is not None and self.peak is not None:
+            now = time.monotonic()
+            self.seconds, self.started = self.seconds + now - self.started, now
+            self.most = max(self.most, self.peak.bytes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        self._add()
+        return {"seconds": self.seconds, "peak_bytes": self.most}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint that an attempt goes on from."""
+        self.seconds, self.most = state["seconds"], state["peak_bytes"]
+
+    def save(self, folder: Path) -> None:
+        """Write the figures beside the checkpoints."""
+        write_json(folder / COST, self.state_dict())
+
+
+def stage_cost(folder: Path, stage: str) -> tuple[float, int]:
+    """Seconds of training and most memory held in it; (0, 0) where the stage was left out.
+
+    Args:
+        folder: of the run.
+        stage: its name.
+    """
+    path = folder / "checkpoints" / stage / COST
+    known = read_json(path) if path.is_file() else {"seconds": 0.0, "peak_bytes": 0}
+    return float(known["seconds"]), int(known["peak_bytes"])
