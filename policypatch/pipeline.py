@@ -18,7 +18,7 @@ from policypatch.evaluate.costs import Training, latency_rows, size_rows
 from policypatch.evaluate.measure import Settings
 from policypatch.evaluate.probes import Bench
 from policypatch.evaluate.scorecard import Row, Scorecard
-from policypatch.files.atomic import write_json, write_text
+from policypatch.files.atomic import TEMPORARY, remove, write_json, write_text
 from policypatch.files.cache import reset_counters
 from policypatch.logs import quiet_libraries
 from policypatch.methods import StackMethod, Trained, Untrained
@@ -61,7 +61,7 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
     reset_counters()
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     _refuse_foreign_folder(folder, resolved)
-    ranks.once(lambda: (folder / FAILED).unlink(missing_ok=True))  # an earlier attempt's
+    ranks.once(lambda: _clear(folder))
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.trainer.threads is not None:
         torch.set_num_threads(cfg.trainer.threads)
@@ -100,6 +100,13 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
     if ranks.first():
         say(scorecard, folder, cfg.evaluate.level)
     return scorecard
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier attempt has left unfinished, and that it failed."""
+    (folder / FAILED).unlink(missing_ok=True)
+    for path in folder.rglob(f"{TEMPORARY}*"):
+        remove(path)
 
 
 def _refuse_foreign_folder(folder: Path, resolved: Any) -> None:

@@ -36,10 +36,12 @@ from policypatch.files.atomic import (
     remove,
     write_json,
 )
+from policypatch.files.journal import Journal
 
 log = logging.getLogger(__name__)
 
 ABOUT = "about.json"
+BEGUN = ".begun-"
 DIGEST_LIMIT = 64 * 2**20  # bytes; larger files are checked by size alone on a hit, to keep hits fast
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -140,6 +142,8 @@ def _make(folder: Path, build: Callable[[Path], None], about: Mapping[str, Any] 
     with atomic_folder(folder) as temporary:
         build(temporary)
         _describe(temporary, folder.parent.name, folder.name, about)
+    for path in _begun(folder) if ranks.first() else ():
+        path.unlink()
 
 
 def _seen(folder: Path) -> None:
@@ -178,6 +182,28 @@ def rows_array(kind: str, about: Mapping[str, Any], rows: int, make: Callable[[r
 def _read(folder: Path) -> np.ndarray:
     found: np.ndarray = np.load(folder / "array.npy", allow_pickle=False)
     return found
+
+
+@contextmanager
+def begun(kind: str, key: str, rows: range) -> Iterator[Journal]:
+    """A journal of the entry `kind/key`, which goes once that is whole.
+
+    Args:
+        kind, key: see `entry`.
+        rows: the share that it is of.
+    """
+    journal = Journal(cache_root() / kind / f"{BEGUN}{key}-{rows.start}-{rows.stop}")
+    if journal.rows:
+        log.info("%s/%s was begun before, and is gone on with", kind, key)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def _begun(folder: Path) -> list[Path]:
+    """Journals of an entry."""
+    return list(folder.parent.glob(f"{BEGUN}{folder.name}-*"))
 
 
 def _hit(folder: Path) -> Path:
@@ -293,6 +319,7 @@ def clean(kind: str | None = None, older_than_days: float | None = None) -> int:
         # Entries, and the targets of unfinished ones: each is removed under its own lock.
         names = {path.name for path in folder.iterdir() if _is_entry(path)}
         names |= {path.name.split("-", 2)[-1] for path in folder.glob(f"{TEMPORARY}*")}
+        names |= {path.name.split("-")[1] for path in folder.glob(f"{BEGUN}*")}
         for name in sorted(names):
             freed += _clean_entry(folder / name, limit)
     return freed
@@ -305,7 +332,7 @@ def _clean_entry(target: Path, limit: float | None) -> int:
     except Timeout:
         return 0
     try:
-        doomed = leftovers(target)  # nobody holds the lock, so nobody is writing them
+        doomed = [*leftovers(target), *_begun(target)]  # nobody holds the lock, so nobody is writing them
         if target.exists() and (limit is None or _last_used(target) < limit):
             doomed.append(target)
         freed = _size(doomed)
@@ -333,7 +360,7 @@ def _last_used(folder: Path) -> float:
 def _size(paths: Sequence[Path]) -> int:
     total = 0
     for path in paths:
-        for file in path.rglob("*"):
+        for file in [path, *path.rglob("*")]:
             with suppress(OSError):  # it may vanish under another run's hands
                 total += file.lstat().st_size if not file.is_dir() else 0
     return total

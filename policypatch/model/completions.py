@@ -19,7 +19,7 @@ from torch import Tensor
 from policypatch import ranks
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_json, write_json
-from policypatch.files.cache import content_key, entry, rows_array
+from policypatch.files.cache import begun, content_key, entry, rows_array
 from policypatch.model.base import Base
 from policypatch.model.decode import sample
 from policypatch.model.form import PLAIN, Form
@@ -185,9 +185,16 @@ def complete(
     encoded = [base.encode_prompt(prompt, form) for prompt in prompts]
 
     def make(rows: range) -> list[list[list[int]]]:
-        with track(f"sampling for {what}", len(rows)) as advance:
-            ours = [encoded[i] for i in rows]
-            return sample(base.model, ours, patch, k, sampling, seed, base.eos, max_rows, advance)
+        ours = [encoded[i] for i in rows]
+        with track(f"sampling for {what}", len(rows)) as advance, begun("completions", key, rows) as journal:
+            known = {i: made for row in journal.rows for i, made in zip(*row, strict=True)}
+
+            def finished(numbers: list[int], completions: list[list[list[int]]]) -> None:
+                if any(i not in known for i in numbers):
+                    journal.add([numbers, completions])
+                advance(len(numbers))
+
+            return sample(base.model, ours, patch, k, sampling, seed, base.eos, max_rows, known, finished)
 
     def build(folder: Path) -> None:
         write_json(folder / "tokens.json", [row for part in ranks.parts(len(encoded), make) for row in part])

@@ -8,7 +8,7 @@ explicit, and a test holds the result to full recomputation without a cache and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ def sample(
     seed: int = 0,
     eos: Sequence[int] = (),
     max_rows: int = 256,
-    progress: Callable[[int], None] = lambda done: None,
+    known: Mapping[int, list[list[int]]] | None = None,
+    finished: Callable[[list[int], list[list[list[int]]]], None] = lambda numbers, completions: None,
     tick: Callable[[], None] = lambda: None,
 ) -> list[list[list[int]]]:
     """Draw k completions for each prompt.
@@ -80,7 +81,8 @@ def sample(
         seed: with the prompt's tokens and the sample's number it fixes the sample, whatever else is in the batch.
         eos: tokens that end a completion; they are not part of what is returned.
         max_rows: completions decoded at once.
-        progress: called with the number of prompts done since the last call.
+        known: the completions of some prompts, by their numbers; batches in which all are known are not decoded.
+        finished: called with the prompts' numbers and completions of every batch, those that are known as well.
         tick: called whenever every completion of a batch has got another token, for who wants to time it.
 
     Returns:
@@ -101,12 +103,14 @@ def sample(
     front = patch if alone else None  # no cache of its own
     before = 0 if root is None else root.get_seq_length()
     for batch in _batches(model, [prompt[shared:] for prompt in prompts], before, max(1, max_rows // k), sampling):
-        rows = [prompts[i] for i in batch]
-        for i, completions in zip(
-            batch, _sample_batch(model, rows, shared, root, front, k, sampling, seed, eos, tick), strict=True
-        ):
+        if known is not None and all(i in known for i in batch):
+            made = [known[i] for i in batch]
+        else:
+            rows = [prompts[i] for i in batch]
+            made = _sample_batch(model, rows, shared, root, front, k, sampling, seed, eos, tick)
+        for i, completions in zip(batch, made, strict=True):
             results[i] = completions
-        progress(len(batch))
+        finished(batch, made)
     return results
 
 

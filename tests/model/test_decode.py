@@ -135,10 +135,26 @@ def test_min_new_tokens(tiny_llama):
     assert not any(t in ending for c in completions for t in c)
 
 
-def test_progress_counts_prompts(tiny_llama):
-    done: list[int] = []
-    sample(tiny_llama, PROMPTS, None, 2, GREEDY, max_rows=4, progress=done.append)
-    assert done == [2, 2, 1]  # 4 rows are 2 prompts with 2 samples
+def test_batches_are_handed_over_as_they_are_finished(tiny_llama):
+    done = {}
+    made = sample(
+        tiny_llama, PROMPTS, None, 2, GREEDY, max_rows=4, finished=lambda i, c: done.update(zip(i, c, strict=True))
+    )
+    assert len(made) == 5 and [done[i] for i in range(5)] == made
+
+
+def test_what_is_known_is_not_decoded_again(tiny_llama, monkeypatch: pytest.MonkeyPatch):
+    """A batch of which one prompt is known is decoded as it would have been without that."""
+    batches: list[list[int]] = []  # 4 rows are 2 prompts with 2 samples
+
+    def handed(numbers, completions):
+        batches.append(numbers)
+
+    made = sample(tiny_llama, PROMPTS, None, 2, FREE, max_rows=4, finished=handed)
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    nonsense = {i: [[7], [7, 7]] for i in (*batches[0], batches[1][0])}
+    again = sample(tiny_llama, PROMPTS, None, 2, FREE, max_rows=4, known=nonsense)
+    assert again == [nonsense[i] if i in batches[0] else made[i] for i in range(5)]
 
 
 def test_nothing_to_do(tiny_llama):

@@ -1,0 +1,90 @@
+"""A run that is killed at any moment, and started again, ends as if nothing had been.
+
+POLICYPATCH_KILLS=100 pytest -m slow tests/test_kills.py     as many as a figure is to rest on
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import composed, overrides, without_costs
+
+from policypatch.evaluate.scorecard import Scorecard
+from policypatch.launch import start
+
+log = logging.getLogger(__name__)
+
+KILLS = int(os.environ.get("POLICYPATCH_KILLS", "8"))
+EXACT = ("pairs.jsonl", "metrics.csv", "samples.jsonl", "per_prompt.json", "patch/patch.safetensors")
+SETTINGS = {"trainer.checkpoint_every": 1, "sft.steps": 12, "dpo.steps": 24, "others": "all", "decode_rows": 8}
+
+
+def attempt(arguments: list[str], folder: Path, cache: Path) -> None:
+    """What a process of its own does."""
+    os.environ["POLICYPATCH_CACHE"] = str(cache)
+    torch.set_num_threads(1)
+    start(composed(arguments), folder, "", arguments)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes begin with everything imported and nothing computed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["policypatch.launch", "policypatch.methods", "tiny_run"])
+    return context
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 + 60 * KILLS)
+def test_a_killed_run_ends_as_if_nothing_had_been(processes, tiny_base_folder: Path, tmp_path: Path):
+    draw = random.Random(os.environ.get("POLICYPATCH_KILLS_SEED", "0"))
+    arguments = overrides(tiny_base_folder, tmp_path, **SETTINGS)
+
+    def begin(name: str) -> BaseProcess:
+        process = processes.Process(target=attempt, args=(arguments, tmp_path / name, tmp_path / f"cache of {name}"))
+        process.start()
+        return process
+
+    def whole(name: str) -> float:
+        began = time.monotonic()
+        process = begin(name)
+        process.join()
+        assert process.exitcode == 0
+        return time.monotonic() - began
+
+    whole("warm")  # the first one waits for the imports
+    seconds = whole("undisturbed")
+    told = []
+    for number in range(KILLS):
+        name, when = f"run {number}", draw.uniform(0, seconds)
+        how = draw.choice([signal.SIGKILL, signal.SIGTERM])
+        process = begin(name)
+        process.join(when)
+        reached = sorted(path.name for path in (tmp_path / name).glob("*")) if (tmp_path / name).is_dir() else []
+        if process.is_alive():
+            os.kill(process.pid, how)
+            process.join()
+            assert process.exitcode == -how
+        told.append({"after": round(when, 2), "by": how.name, "files": len(reached)})
+        whole(name)
+        same_end(tmp_path / "undisturbed", tmp_path / name)
+        assert not list((tmp_path / f"cache of {name}").rglob(".begun-*"))
+        shutil.rmtree(tmp_path / f"cache of {name}")
+    log.info(json.dumps({"kills": KILLS, "seconds": round(seconds, 1), "each": told}))
+
+
+def same_end(expected: Path, found: Path) -> None:
+    for name in EXACT:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+    cards = [without_costs(Scorecard.load(folder / "scorecard.json")) for folder in (expected, found)]
+    assert cards[0] == cards[1]
+    assert not list(found.rglob(".tmp-*"))
