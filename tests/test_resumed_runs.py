@@ -11,13 +11,10 @@ from policypatch.errors import PolicyPatchError
 from policypatch.patch import artifact
 
 
-def test_a_run_taken_up_again_comes_to_the_same_end(go, tmp_path: Path, monkeypatch):
-    """Broken off in the second stage, after a checkpoint; the first stage is not trained again."""
+def broken_off(go, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends in the second stage, after a checkpoint."""
     from policypatch.train.dpo_module import DPOModule
-    from policypatch.train.sft_module import SFTModule
 
-    expected = go("a")
-    monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path / "another"))  # which does not know what the first has trained
     step = DPOModule.training_step
 
     def breaks_off(self, batch, batch_idx):
@@ -25,14 +22,39 @@ def test_a_run_taken_up_again_comes_to_the_same_end(go, tmp_path: Path, monkeypa
             raise RuntimeError("the machine went down")
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(DPOModule, "training_step", breaks_off)
-    with pytest.raises(RuntimeError, match="went down"):
-        go("b")
-    monkeypatch.setattr(DPOModule, "training_step", step)
+    with monkeypatch.context() as broken:
+        broken.setattr(DPOModule, "training_step", breaks_off)
+        with pytest.raises(RuntimeError, match="went down"):
+            go(name)
+
+
+def test_a_run_taken_up_again_comes_to_the_same_end(go, tmp_path: Path, monkeypatch):
+    """The first stage is not trained again."""
+    from policypatch.train.sft_module import SFTModule
+
+    expected = go("a")
+    monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path / "another"))  # which does not know what the first has trained
+    broken_off(go, "b", monkeypatch)
     monkeypatch.setattr(SFTModule, "training_step", lambda *_: pytest.fail("stage 1 was done"))
     assert without_costs(go("b")) == without_costs(expected)
     for name in ("metrics.csv", "patch/patch.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["a bit", "its end", "all"])
+def test_a_damaged_checkpoint_is_not_gone_on_from(damage: str, go, tmp_path: Path, monkeypatch, caplog):
+    expected = go("a")
+    monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path / "another"))
+    broken_off(go, "b", monkeypatch)
+    path = tmp_path / "b" / "checkpoints" / "dpo" / "last.ckpt"
+    content = bytearray(path.read_bytes())
+    if damage == "a bit":
+        patch = torch.load(path, weights_only=True)["state_dict"]["backbone.patch"]
+        content[content.index(patch.numpy().tobytes()) + 2] ^= 1  # another patch, and nothing that torch would notice
+    path.write_bytes({"a bit": content, "its end": content[:-30], "all": b""}[damage])
+    assert without_costs(go("b")) == without_costs(expected)
+    assert "is damaged: the stage is trained from its beginning" in caplog.text
+    assert (tmp_path / "a" / "metrics.csv").read_bytes() == (tmp_path / "b" / "metrics.csv").read_bytes()
 
 
 def test_a_folder_of_another_configuration_is_refused(go, tmp_path: Path):

@@ -191,3 +191,15 @@ def test_logger_csv_starts_no_wandb_run(tmp_path: Path, monkeypatch):
     with tracker.job("sft") as job:
         assert list(job.loggers()) == []
     tracker.close(1)
+
+
+def test_a_server_that_cannot_be_reached_costs_nothing_but_a_warning(tiny_base_folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("policypatch.report.tracking.INIT_TIMEOUT_S", 1.0)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    arguments = overrides(tiny_base_folder, tmp_path, logger="wandb", **{"logger.mode": "online"})
+    run(composed(arguments), tmp_path / "run", "", arguments)
+    assert caplog.text.count("the run goes on offline") == 1  # the later stages know
+    for job in ("sft", "dpo", "eval"):
+        (end,) = of_kind(records_to_the_end(tmp_path / "run", job), "exit")
+        assert end.exit_code == 0

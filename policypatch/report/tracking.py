@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,9 @@ from policypatch.evaluate.scorecard import Scorecard
 from policypatch.files.atomic import read_jsonl, write_text
 from policypatch.report.samples import judges_of
 
+log = logging.getLogger(__name__)
+
+INIT_TIMEOUT_S = 30.0  # of W&B's server
 TABLE_PROMPTS = 50  # prompts of each risk and split whose samples go into the W&B table
 
 
@@ -111,22 +115,38 @@ class WandbTracker(Tracker):
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any]):
-        self.folder, self.options, self.failed = folder, options, False
+        self.folder, self.options, self.failed = folder, dict(options), False
 
     @contextmanager
     def job(self, kind: str) -> Iterator[Job]:
         """An open run would be picked up by the next, and one that failed look finished: it ends here in any case."""
-        import wandb
-
         status, self.failed = 1, True  # until it is known to have gone well, wandb.init included
         agents = "WANDB_SWEEP_ID" in os.environ  # such an agent has one run, which all stages go on in
         own: dict[str, Any] = {} if agents else {"id": f"{run_id(self.folder)}-{kind}", "job_type": kind}
-        run = wandb.init(**self.options, **own)
+        run = self._begun(own)
         try:
             yield WandbJob(run, kind)
             status, self.failed = 0, False
         finally:
             run.finish(exit_code=status)
+
+    def _begun(self, own: Mapping[str, Any]) -> Any:
+        """An open run; an offline one where W&B cannot be reached, or does not know who asks: no run ends for that."""
+        import wandb
+
+        try:
+            return wandb.init(**self.options, **own)
+        except wandb.Error as error:
+            if self.options["mode"] != "online":
+                raise
+            log.warning(
+                "W&B cannot be used (%s): the run goes on offline; upload it with wandb sync %s/wandb/offline-run-*",
+                str(error).splitlines()[0],
+                self.folder,
+            )
+            self.options["mode"] = "offline"
+            wandb.teardown()  # its service holds on to the run that was not begun
+            return wandb.init(**self.options, **own)
 
     def close(self, status: int) -> None:
         """What failed outside of all stages is a failed evaluation: there is no patch."""
@@ -226,6 +246,6 @@ def open_tracker(cfg: DictConfig, folder: Path, group: str, overrides: str, reso
         "tags": _tags(resolved),
         "resume": "allow",
         "config": resolved,
-        "settings": wandb.Settings(silent=True),
+        "settings": wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT_S),
     }
     return WandbTracker(folder, options)

@@ -23,12 +23,13 @@ from policypatch.files.atomic import atomic_path
 from policypatch.files.cache import content_key, entry
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.patch.artifact import digest
+from policypatch.train.checkpoints import LAST
 from policypatch.train.cost import COST
 from policypatch.train.stage import read_figures, write_figures
 
 log = logging.getLogger(__name__)
 
-LAST, FIGURES = "last.ckpt", "metrics.csv"
+FIGURES = "metrics.csv"
 CODE = {  # what a training step goes through: another version of it is another training
     "policypatch.train": None,
     "policypatch.data": ("balance.py", "datamodule.py"),

@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from rich.console import Console
@@ -24,6 +24,7 @@ from policypatch import ranks
 from policypatch.data.datamodule import PairData
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import atomic_path, write_json
+from policypatch.train.checkpoints import LAST, Checkpoints, WholeFiles, usable
 from policypatch.train.cost import Cost
 from policypatch.train.module import NotFiniteError, Optimisation, StageModule
 
@@ -123,24 +124,21 @@ def run_stage(
         PolicyPatchError: a loss was not finite; its batch and tensors lie beside the stage's checkpoints then.
     """
     device = module.backbone.model.device
-    checkpoints = ModelCheckpoint(
-        dirpath=folder / "checkpoints" / module.stage,
-        save_last=True,
-        save_top_k=0,
-        every_n_train_steps=trainer_cfg.checkpoint_every,
-        enable_version_counter=False,
-    )
+    last = folder / "checkpoints" / module.stage / LAST
+    validated = trainer_cfg.validate_every if data.validation else 0
     figures, cost = MetricsCsv(folder / "metrics.csv", module.stage), Cost(device)
+    checkpoints = Checkpoints(last, trainer_cfg.checkpoint_every, validated)
     callbacks: list[Callback] = [OwnSignals(), figures, cost, checkpoints]
     if Console().is_terminal:
         callbacks.append(RichProgressBar())
-    last = folder / "checkpoints" / module.stage / "last.ckpt"
     trainer = L.Trainer(
         accelerator=trainer_cfg.accelerator,
         devices=ranks.size() // trainer_cfg.num_nodes,
         num_nodes=trainer_cfg.num_nodes,
         strategy=trainer_cfg.strategy if ranks.size() > 1 else "auto",
-        plugins=[ranks.environment() or LightningEnvironment()],  # said here, or Lightning would requeue SLURM's jobs
+        # Said here, or Lightning would requeue SLURM's jobs.
+        plugins=[ranks.environment() or LightningEnvironment(), WholeFiles()],
+        enable_checkpointing=False,  # ours are none of its own kind
         use_distributed_sampler=False,  # the data module deals out each batch
         max_steps=cfg.steps,
         max_epochs=-1,
@@ -158,7 +156,7 @@ def run_stage(
         deterministic=True,
         default_root_dir=folder,
     )
-    resume = last if last.is_file() else None
+    resume = last if ranks.once(lambda: usable(last)) else None
     if resume:
         log.info("%s resumes from %s", module.stage, last)
     with warnings.catch_warnings():

@@ -1,0 +1,76 @@
+"""Checkpoints of a stage: the trainable tensors, the optimiser and what it took, whole or not there."""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+
+from policypatch.files.atomic import atomic_path
+
+log = logging.getLogger(__name__)
+
+LAST = "last.ckpt"
+
+
+class Checkpoints(Callback):
+    """Write `last.ckpt` every so many steps, after whatever else belongs to the step: a run goes on behind it.
+
+    Lightning's own callback would write it before the step's validation, whose figures a run that is killed then would
+    lack in the end.
+
+    Args:
+        path: the file.
+        every: optimiser steps.
+        validated: after how many steps the held-out rows are looked at, 0 for never.
+    """
+
+    def __init__(self, path: Path, every: int, validated: int) -> None:
+        self.path, self.every, self.validated = path, every, validated
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """A step is over, unless it is validated."""
+        if not self.validated or trainer.global_step % self.validated:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Now it is."""
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if trainer.global_step % self.every == 0:
+            trainer.save_checkpoint(self.path)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Renames a checkpoint into its place once it is on the disk; Lightning may copy it there from another one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """See Lightning's."""
+        with atomic_path(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+def usable(checkpoint: Path) -> bool:
+    """Whether there is a checkpoint to go on from; one that a disk has damaged is removed.
+
+    torch reads the zip file without looking at its checksums.
+    """
+    if not checkpoint.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            if archive.testzip() is None:
+                return True
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError):
+        pass  # as good as a wrong checksum
+    log.warning("%s is damaged: the stage is trained from its beginning", checkpoint)
+    checkpoint.unlink()
+    return False
