@@ -85,7 +85,8 @@ def cache(
     older_than_days: Annotated[float | None, typer.Option(help="only what was last used longer ago", min=0)] = None,
 ) -> None:
     """Say what the cache holds, by kind; with --clean, remove it."""
-    from policypatch.files import cache as kept
+    from policypatch.files import upkeep as kept
+    from policypatch.files.cache import cache_root
     from policypatch.report.costs import size
 
     rows = kept.usage()
@@ -95,9 +96,9 @@ def cache(
         )
     console = Console(soft_wrap=True, highlight=False)
     if clean:
-        console.print(f"{size(kept.clean(kind, older_than_days))} freed in {kept.cache_root()}", markup=False)
+        console.print(f"{size(kept.clean(kind, older_than_days))} freed in {cache_root()}", markup=False)
         return
-    console.print(f"{kept.cache_root()}", markup=False)
+    console.print(f"{cache_root()}", markup=False)
     for name, entries, used in sorted(rows, key=lambda row: -row[2]):
         console.print(
             f"  {name:<12} {entries:>6} {'entry' if entries == 1 else 'entries':<7} {size(used):>9}", markup=False

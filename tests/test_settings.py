@@ -6,8 +6,9 @@ import hydra
 import pytest
 from tiny_run import ROOT
 
+from policypatch.command_line import check_overrides, left_out_of_names
 from policypatch.errors import PolicyPatchError
-from policypatch.settings import check, check_overrides, left_out_of_names
+from policypatch.settings import check
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +218,10 @@ def test_an_unknown_option_lists_those_there_are(argument: str, options: str):
         (["name='a b'"], ["name is 'a b'"]),
         (["name=null"], ["name is None"]),
         (["seed=-1"], ["seed is -1"]),
-        (["trainer.devices=2"], ["trainer.devices is 2", "at most 1"]),
+        (["trainer.devices=0"], ["trainer.devices is 0", "at least 1"]),
+        (["trainer.devices=all"], ["trainer.devices=all", "GPUs"]),
+        (["trainer.num_nodes=0"], ["trainer.num_nodes is 0", "at least 1"]),
+        (["trainer.strategy=dp"], ["trainer.strategy is 'dp'", "ddp"]),
         (["trainer.checkpoint_every=0"], ["trainer.checkpoint_every is 0"]),
         (["patch.version=one"], ["patch.version is 'one'", "1.0.0"]),
         (["patch.name='My patch'"], ["patch.name is 'My patch'"]),
@@ -248,6 +252,36 @@ def test_a_value_that_no_run_could_use(arguments: list[str], words: list[str]):
 )
 def test_every_value_of_a_sweep_is_looked_at(arguments: list[str], words: str):
     assert words in refusal(*arguments, multirun=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["hydra/launcher=joblib", "trainer.devices=2"], ["hydra/launcher=joblib", "2 devices"]),
+        (["hydra/launcher=joblib", "trainer=ddp"], ["hydra/launcher=joblib", "all devices"]),
+        (["trainer.num_nodes=2"], ["trainer.num_nodes is 2", "hydra/launcher=slurm"]),
+        (["hydra/launcher=slurm", "trainer=ddp"], ["trainer.devices=all"]),
+        (["hydra/launcher=submitit_slurm", "trainer.devices=2"], ["hydra.launcher.tasks_per_node is 1", "has 2"]),
+        (["hydra/launcher=slurm", "trainer.devices=1,2"], ["hydra.launcher.tasks_per_node is 1", "has 2"]),
+        (["hydra/launcher=slurm", "hydra.launcher.nodes=2"], ["hydra.launcher.nodes is 2", "has 1"]),
+    ],
+)
+def test_a_launcher_that_would_not_start_every_rank_is_refused(arguments: list[str], words: list[str]):
+    message = refusal(*arguments, multirun=True)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trainer.devices=1,2"],
+        ["trainer=ddp"],
+        ["hydra/launcher=joblib"],
+        ["hydra/launcher=slurm", "trainer.devices=4", "trainer.num_nodes=2"],
+    ],
+)
+def test_a_launcher_that_does_is_not(arguments: list[str]):
+    check_overrides(arguments, multirun=True)
 
 
 def test_several_values_without_m_are_no_sweep():

@@ -8,8 +8,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tiny_run import ROOT, composed, overrides
 
+from policypatch.command_line import check_overrides
 from policypatch.pipeline import run
-from policypatch.settings import check, check_overrides
+from policypatch.settings import check
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments" / "experiment").glob("*.yaml"))
 NAMED = ("length", "beta", "init", "stages", "reference", "lora", "seeds", "headline")

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from policypatch.errors import PolicyPatchError
-from policypatch.files import cache
+from policypatch.files import cache, upkeep
 
 # Makes one entry, notes each build in a file, waits halfway for another file, and prints the entry's content.
 WORKER = """
@@ -145,7 +145,7 @@ def test_a_failed_build_leaves_nothing() -> None:
 
     with pytest.raises(RuntimeError, match="boom"):
         cache.entry("pairs", "k", build)
-    assert cache.usage() == [("pairs", 0, 0)]
+    assert upkeep.usage() == [("pairs", 0, 0)]
     assert cache.entry("pairs", "k", Builder()).is_dir()
 
 
@@ -179,11 +179,11 @@ def test_a_build_killed_halfway_is_made_again_and_leaves_nothing(own_cache: Path
     notes = tmp_path / "notes"
     worker = start(notes, tmp_path / "never")
     wait_for(notes)
-    assert cache.clean() == 0  # it is at work: left alone
+    assert upkeep.clean() == 0  # it is at work: left alone
     worker.kill()
     worker.communicate()
     assert not (own_cache / "pairs" / "k").exists()
-    assert cache.usage()[0][1] == 0
+    assert upkeep.usage()[0][1] == 0
     build = Builder()
     cache.entry("pairs", "k", build)  # would wait for ever if the dead process still held the lock
     assert build.calls == 1
@@ -197,9 +197,9 @@ def test_clean_removes_what_killed_builds_left(own_cache: Path, tmp_path: Path) 
     wait_for(next((own_cache / "pairs").glob(".tmp-*")) / "half")
     worker.kill()
     worker.communicate()
-    assert cache.usage() == [("pairs", 0, 4)]
-    assert cache.clean() == 4
-    assert cache.usage() == [("pairs", 0, 0)]
+    assert upkeep.usage() == [("pairs", 0, 4)]
+    assert upkeep.clean() == 4
+    assert upkeep.usage() == [("pairs", 0, 0)]
 
 
 def test_an_array_is_made_once_for_everything_it_depends_on() -> None:
@@ -233,13 +233,13 @@ def test_usage_and_clean_by_kind() -> None:
     cache.entry("pairs", "a", Builder("x" * 1000))
     cache.entry("pairs", "b", Builder("x" * 1000))
     kept = cache.entry("models", "c", Builder())
-    usage = {kind: (entries, size) for kind, entries, size in cache.usage()}
+    usage = {kind: (entries, size) for kind, entries, size in upkeep.usage()}
     assert usage["pairs"][0] == 2
     assert usage["pairs"][1] > 2000
-    assert cache.clean("pairs") == usage["pairs"][1]
-    assert cache.usage()[1] == ("pairs", 0, 0)
+    assert upkeep.clean("pairs") == usage["pairs"][1]
+    assert upkeep.usage()[1] == ("pairs", 0, 0)
     assert kept.is_dir()
-    assert cache.clean("nothing of this name") == 0
+    assert upkeep.clean("nothing of this name") == 0
 
 
 def test_clean_by_age_goes_by_last_use() -> None:
@@ -249,14 +249,14 @@ def test_clean_by_age_goes_by_last_use() -> None:
     for folder in (old, used):
         os.utime(folder / "about.json", (month_ago, month_ago))
     cache.entry("pairs", "used", Builder())
-    assert cache.clean(older_than_days=7) > 0
+    assert upkeep.clean(older_than_days=7) > 0
     assert not old.exists()
     assert used.exists()
 
 
 def test_an_empty_cache_has_no_usage() -> None:
-    assert cache.usage() == []
-    assert cache.clean() == 0
+    assert upkeep.usage() == []
+    assert upkeep.clean() == 0
 
 
 def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
