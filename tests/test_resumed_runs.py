@@ -53,7 +53,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(damage: str, go, tmp_path: Pat
         content[content.index(patch.numpy().tobytes()) + 2] ^= 1  # another patch, and nothing that torch would notice
     path.write_bytes({"a bit": content, "its end": content[:-30], "all": b""}[damage])
     assert without_costs(go("b")) == without_costs(expected)
-    assert "is damaged: the stage is trained from its beginning" in caplog.text
+    assert "the stage is trained from its beginning" in caplog.text
     assert (tmp_path / "a" / "metrics.csv").read_bytes() == (tmp_path / "b" / "metrics.csv").read_bytes()
 
 
