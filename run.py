@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 CONF = Path(__file__).parent / "conf"
 os.environ.setdefault("POLICYPATCH_HOME", str(CONF.parent.resolve()))  # config.yaml finds experiments/ by it
+# conf/hydra/launcher/slurm.yaml asks for GPUs where the trainer works on them.
 OmegaConf.register_new_resolver("gpus", lambda kind, devices: devices if kind == "gpu" else None, replace=True)
 NAMING = "hydra.job.config.override_dirname.exclude_keys"
 

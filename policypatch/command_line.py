@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
 
 import yaml
 from hydra import compose
@@ -17,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from policypatch.errors import PolicyPatchError
-from policypatch.settings import check
+from policypatch.settings import ABSENT, check
 
 
 def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
@@ -47,11 +46,12 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         known = compose("config", overrides=[o.input_line or "" for o in overrides if o not in swept and _is_choice(o)])
         for override in overrides:
             _check_key(override, known, {o.key_or_group for o in swept})
-        launcher = compose("config", overrides=plain, return_hydra_config=True).hydra.launcher  # one for all jobs
+        # One for all jobs.
+        launcher = compose("config", overrides=plain, return_hydra_config=True).hydra.launcher if multirun else None
         for extra in _single_values(swept):
             cfg = compose("config", overrides=[*plain, *extra])
             check(cfg)
-            if multirun:
+            if launcher is not None:
                 check_launcher(cfg.trainer, launcher)
     except (HydraException, OmegaConfBaseException) as error:
         raise PolicyPatchError(_first_line(error)) from error
@@ -118,16 +118,13 @@ def _check_key(override: Override, known: DictConfig, swept: Collection[str]) ->
     if override.is_add() or override.is_force_add() or override.is_delete() or key.startswith("hydra"):
         return
     names = list(_keys(known))  # with those that have no value yet, which select would not find
-    if _is_choice(override) or key in names or OmegaConf.select(known, key, default=_ABSENT) is not _ABSENT:
+    if _is_choice(override) or key in names or OmegaConf.select(known, key, default=ABSENT) is not ABSENT:
         return
     if key.split(".")[0] in swept:  # another choice of the group may have the key: composing will tell
         return
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f": did you mean {near[0]}?" if near else ": see conf/config.yaml for the keys there are"
     raise PolicyPatchError(f"there is no key {key}{hint}")
-
-
-_ABSENT: Any = object()
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -22,8 +22,6 @@ from policypatch.settings import check
 
 log = logging.getLogger(__name__)
 
-LOG_LINES = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
 
 def start(
     cfg: DictConfig,
@@ -98,8 +96,6 @@ def _run_as_rank(
 ) -> None:
     """What a rank of ours does, with its share of the cores."""
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    if log_config is None:
-        logging.basicConfig(level=logging.INFO, format=LOG_LINES)
-    else:
+    if log_config is not None:
         logging.config.dictConfig(dict(log_config))
     start(OmegaConf.create(cfg), folder, overrides, arguments)

@@ -102,10 +102,9 @@ def leave() -> None:
 def _speak_as(number: int) -> None:
     """What all ranks do is told by the first; the others say what goes wrong, and who they are."""
     logging.getLogger().setLevel(logging.WARNING)
-    plain = logging.getLogRecordFactory()
 
     def named(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        record = plain(*args, **kwargs)
+        record = logging.LogRecord(*args, **kwargs)
         record.msg = f"rank {number}: {record.msg}"
         return record
 

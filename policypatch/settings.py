@@ -67,7 +67,6 @@ CHOICES = {
     "init.kind": ("text", "vocab", "random", "patch"),
     "logger.kind": ("wandb", "csv"),
     "trainer.accelerator": ("cpu", "gpu"),
-    "trainer.strategy": ("ddp",),
 }
 SWITCHES = ("sft.enabled", "dpo.enabled", "evaluate.after_sft", "trainer.recompute")
 OPTIONAL_CHOICES = {"logger.mode": ("offline", "online", "shared", "disabled")}
@@ -85,7 +84,7 @@ PATTERNS = {
 }
 
 
-_ABSENT: Any = object()
+ABSENT: Any = object()
 
 
 def check(cfg: DictConfig) -> None:
@@ -99,12 +98,12 @@ def check(cfg: DictConfig) -> None:
     for key, number in NUMBERS.items():
         number.check(key, OmegaConf.select(cfg, key))
     for key, number in OPTIONAL_NUMBERS.items():
-        if (value := OmegaConf.select(cfg, key, default=_ABSENT)) is not _ABSENT:
+        if (value := OmegaConf.select(cfg, key, default=ABSENT)) is not ABSENT:
             number.check(key, value)
     for key, allowed in CHOICES.items():
         _check_choice(key, OmegaConf.select(cfg, key), allowed)
     for key, allowed in OPTIONAL_CHOICES.items():
-        if (value := OmegaConf.select(cfg, key, default=_ABSENT)) is not _ABSENT:
+        if (value := OmegaConf.select(cfg, key, default=ABSENT)) is not ABSENT:
             _check_choice(key, value, allowed)
     if (devices := cfg.trainer.devices) != "all":
         Number(least=1, whole=True).check("trainer.devices", devices)

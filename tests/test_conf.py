@@ -189,7 +189,7 @@ def test_every_model_says_what_load_base_reads(path: Path):
     assert len({"wheel", "hub"} & set(cfg.source)) == 1
 
 
-FILES = sorted([CONF / "config.yaml", *CONF.glob("*/*.yaml")])
+FILES = sorted([CONF / "config.yaml", *CONF.glob("*/**/*.yaml")])
 
 
 def unexplained(text: str) -> list[str]:
@@ -226,7 +226,7 @@ def test_a_key_without_a_comment_is_found():
     assert unexplained(text) == ["a", "c", "i", "m", "j"]
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/**/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_file_opens_with_what_it_is(path: Path):
     first = path.read_text("utf-8").splitlines()[0]
     assert first.startswith("# ")

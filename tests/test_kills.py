@@ -16,15 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import composed, overrides, without_costs
+from tiny_run import composed, overrides, same_end
 
-from policypatch.evaluate.scorecard import Scorecard
 from policypatch.launch import start
 
 log = logging.getLogger(__name__)
 
 KILLS = int(os.environ.get("POLICYPATCH_KILLS", "8"))
-EXACT = ("pairs.jsonl", "metrics.csv", "samples.jsonl", "per_prompt.json", "patch/patch.safetensors")
 SETTINGS = {"trainer.checkpoint_every": 1, "sft.steps": 12, "dpo.steps": 24, "others": "all", "decode_rows": 8}
 
 
@@ -80,11 +78,3 @@ def test_a_killed_run_ends_as_if_nothing_had_been(processes, tiny_base_folder: P
         assert not list((tmp_path / f"cache of {name}").rglob(".begun-*"))
         shutil.rmtree(tmp_path / f"cache of {name}")
     log.info(json.dumps({"kills": KILLS, "seconds": round(seconds, 1), "each": told}))
-
-
-def same_end(expected: Path, found: Path) -> None:
-    for name in EXACT:
-        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
-    cards = [without_costs(Scorecard.load(folder / "scorecard.json")) for folder in (expected, found)]
-    assert cards[0] == cards[1]
-    assert not list(found.rglob(".tmp-*"))

@@ -5,27 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import without_costs
+from tiny_run import broken_off, without_costs
 
 from policypatch.errors import PolicyPatchError
 from policypatch.patch import artifact
-
-
-def broken_off(go, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that ends in the second stage, after a checkpoint."""
-    from policypatch.train.dpo_module import DPOModule
-
-    step = DPOModule.training_step
-
-    def breaks_off(self, batch, batch_idx):
-        if self.global_step == 3:
-            raise RuntimeError("the machine went down")
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(DPOModule, "training_step", breaks_off)
-        with pytest.raises(RuntimeError, match="went down"):
-            go(name)
 
 
 def test_a_run_taken_up_again_comes_to_the_same_end(go, tmp_path: Path, monkeypatch):

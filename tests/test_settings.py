@@ -221,7 +221,6 @@ def test_an_unknown_option_lists_those_there_are(argument: str, options: str):
         (["trainer.devices=0"], ["trainer.devices is 0", "at least 1"]),
         (["trainer.devices=all"], ["trainer.devices=all", "GPUs"]),
         (["trainer.num_nodes=0"], ["trainer.num_nodes is 0", "at least 1"]),
-        (["trainer.strategy=dp"], ["trainer.strategy is 'dp'", "ddp"]),
         (["trainer.checkpoint_every=0"], ["trainer.checkpoint_every is 0"]),
         (["patch.version=one"], ["patch.version is 'one'", "1.0.0"]),
         (["patch.name='My patch'"], ["patch.name is 'My patch'"]),

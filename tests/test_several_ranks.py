@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import HashJudge, composed, overrides, without_costs
+from tiny_run import HashJudge, broken_off, composed, overrides, without_costs
 
 from policypatch import ranks
 from policypatch.errors import PolicyPatchError
@@ -58,20 +58,8 @@ def test_two_ranks_come_to_what_one_comes_to(go):
 
 
 def test_a_run_that_one_process_has_begun_is_taken_up_by_two(go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from policypatch.train.dpo_module import DPOModule
-
     expected = figures(go("whole", 1))
-    step = DPOModule.training_step
-
-    def breaks_off(self, batch, batch_idx):
-        if self.global_step == 3:
-            raise RuntimeError("the machine went down")
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(DPOModule, "training_step", breaks_off)
-        with pytest.raises(RuntimeError, match="went down"):
-            go("run", 1)
+    broken_off(lambda name: go(name, 1), "run", monkeypatch)
     path = tmp_path / "run" / "config.yaml"  # which says how many there were
     path.write_text(path.read_text().replace("devices: 1", "devices: 2"))
     assert figures(go("run", 2)) == pytest.approx(expected, abs=1e-5)

@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 import numpy as np
+import pytest
 from omegaconf import DictConfig
 
 from policypatch.evaluate.judges.base import BaseJudge
@@ -190,3 +191,32 @@ def composed(arguments: list[str]) -> DictConfig:
     """The config that run.py would get."""
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return hydra.compose("config", overrides=arguments)
+
+
+def broken_off(go, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends in the second stage, after a checkpoint."""
+    from policypatch.train.dpo_module import DPOModule
+
+    step = DPOModule.training_step
+
+    def breaks_off(self, batch, batch_idx):
+        if self.global_step == 3:
+            raise RuntimeError("the machine went down")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(DPOModule, "training_step", breaks_off)
+        with pytest.raises(RuntimeError, match="went down"):
+            go(name)
+
+
+EXACT = ("pairs.jsonl", "metrics.csv", "samples.jsonl", "per_prompt.json", "patch/patch.safetensors")
+
+
+def same_end(expected: Path, found: Path) -> None:
+    """Two run folders hold the same, byte by byte, but for times; and nothing unfinished."""
+    for name in EXACT:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+    cards = [without_costs(Scorecard.load(folder / "scorecard.json")) for folder in (expected, found)]
+    assert cards[0] == cards[1]
+    assert not list(found.rglob(".tmp-*"))

@@ -107,15 +107,14 @@ def entry(
         raise ValueError(f"not a plain name: {kind!r} or {key!r}")
     folder = cache_root() / kind / key
     with ExitStack() as held:
-        if ranks.once(lambda: _ready(folder, held)):
-            ranks.agree(lambda: _seen(folder))
-            return _hit(folder)
-        log.info("cache miss %s/%s", kind, key)
-        _count(kind, "misses")
-        make = ranks.agree if together else ranks.once
-        make(lambda: _make(folder, build, about))
+        ready = ranks.once(lambda: _ready(folder, held))
+        if not ready:
+            log.info("cache miss %s/%s", kind, key)
+            _count(kind, "misses")
+            make = ranks.agree if together else ranks.once
+            make(lambda: _make(folder, build, about))
         ranks.agree(lambda: _seen(folder))
-    return folder
+    return _hit(folder) if ready else folder
 
 
 def _ready(folder: Path, held: ExitStack) -> bool:

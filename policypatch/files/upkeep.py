@@ -35,7 +35,7 @@ def clean(kind: str | None = None, older_than_days: float | None = None) -> int:
         # Entries, and the targets of unfinished ones: each is removed under its own lock.
         names = {path.name for path in folder.iterdir() if _is_entry(path)}
         names |= {path.name.split("-", 2)[-1] for path in folder.glob(f"{TEMPORARY}*")}
-        names |= {path.name.split("-")[1] for path in folder.glob(f"{BEGUN}*")}
+        names |= {path.name.removeprefix(BEGUN).rsplit("-", 2)[0] for path in folder.glob(f"{BEGUN}*")}
         for name in sorted(names):
             freed += _clean_entry(folder / name, limit)
     return freed

@@ -25,9 +25,9 @@ class Cost(Callback):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.peak: Peak | None = None  # of this attempt
         self.seconds, self.most = 0.0, 0  # of the attempts and parts that are over
-        self.started: float | None = None
+        self.started = 0.0  # of the part that is not
+        self.peak: Peak | None = None  # of this attempt, for as long as it trains
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Not called where a checkpoint is that of a stage's end."""
@@ -36,10 +36,10 @@ class Cost(Callback):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """The figures stand."""
         self._add()
-        self.started = None
+        self.peak = None
 
     def _add(self) -> None:
-        if self.started is not None and self.peak is not None:
+        if self.peak is not None:
             now = time.monotonic()
             self.seconds, self.started = self.seconds + now - self.started, now
             self.most = max(self.most, self.peak.bytes)

@@ -61,7 +61,7 @@ def share_of_loss(ours: Mapping[str, Figure], of: Mapping[str, Figure], shares: 
     return torch.stack(parts).sum()
 
 
-def over_ranks(ours: Mapping[str, Figure], counts: bool) -> tuple[dict[str, Figure], dict[str, Figure]]:
+def over_ranks(ours: Mapping[str, Figure], counts: bool) -> tuple[Mapping[str, Figure], Mapping[str, Figure]]:
     """The figures of this rank's share and those of the whole batch.
 
     Args:
@@ -69,8 +69,8 @@ def over_ranks(ours: Mapping[str, Figure], counts: bool) -> tuple[dict[str, Figu
         counts: false where its rows are another rank's, so that they must not count twice.
     """
     if ranks.size() == 1:
-        return dict(ours), dict(ours)
+        return ours, ours
     if not counts:
         ours = {name: figure._replace(rows=0) for name, figure in ours.items()}
     told = {name: figure._replace(value=figure.value.detach().cpu()) for name, figure in ours.items()}
-    return dict(ours), whole(ranks.gather(told))
+    return ours, whole(ranks.gather(told))

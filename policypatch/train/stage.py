@@ -135,7 +135,7 @@ def run_stage(
         accelerator=trainer_cfg.accelerator,
         devices=ranks.size() // trainer_cfg.num_nodes,
         num_nodes=trainer_cfg.num_nodes,
-        strategy=trainer_cfg.strategy if ranks.size() > 1 else "auto",
+        strategy="ddp" if ranks.size() > 1 else "auto",
         # Said here, or Lightning would requeue SLURM's jobs.
         plugins=[ranks.environment() or LightningEnvironment(), WholeFiles()],
         enable_checkpointing=False,  # ours are none of its own kind
@@ -161,7 +161,6 @@ def run_stage(
         log.info("%s resumes from %s", module.stage, last)
     with warnings.catch_warnings():
         # Lightning cannot see that the loader starts where the checkpoint stopped.
-        warnings.filterwarnings("ignore", "The dirpath has changed")  # a checkpoint of another run (train/shared.py)
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         try:
             with module.backbone.at_work():
