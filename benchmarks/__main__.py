@@ -27,7 +27,7 @@ from benchmarks.timing import Spread
 from benchmarks.workload import Workload
 from policypatch.files.atomic import write_json
 from policypatch.logs import quiet_libraries
-from policypatch.model.base import choose_dtype
+from policypatch.model.load import choose_dtype
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("training", "growth", "memory", "decoding")

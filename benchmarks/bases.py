@@ -6,7 +6,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from policypatch.model.base import Base, load_base
+from policypatch.model.base import Base
+from policypatch.model.load import load_base
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
 

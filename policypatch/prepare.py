@@ -12,13 +12,15 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from policypatch import ranks
 from policypatch.context import check_context, check_readings
 from policypatch.data.teachers import Teacher
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.probes import Plan, Probe, SampledProbe
 from policypatch.methods import Method, Trained, Untrained
-from policypatch.model.base import Base, load_base
-from policypatch.model.completions import checked_scores
+from policypatch.model.base import Base
+from policypatch.model.judging import judged
+from policypatch.model.load import load_base
 from policypatch.model.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -68,13 +70,13 @@ def prepare(cfg: DictConfig) -> Prepared:
     own = risk.probes(cfg.evaluate.prompts)
     _ = risk.training_prompts, risk.benign_prompts, risk.benign_texts, risk.swaps  # a missing file ends the run here
     _check_filter(teacher, risk)
-    base = load_base(_on_trainers_device(cfg))
+    base = load_base(_on_trainers_device(cfg), sharded=cfg.trainer.shard and ranks.size() > 1)
     if risk.form.chat:
         base.encode_prompt("A request.", risk.form)  # a base without a chat template ends the run here
     others = _other_probes(cfg, risk, base)
     for judge in {id(j): j for probe in [*own, *others] for j in getattr(probe, "judges", {}).values()}.values():
         # One that cannot be had, or answers with NaN, must not be found out after the training.
-        checked_scores(judge, judge.score(["A text."], ["A request."]), 1, 1)
+        judged(judge, ["A text."], ["A request."], k=1)
     _check_method(method, base, teacher, [*own, *others])
     scorer = base if cfg.scorer.name == "base" else load_base(cfg.scorer, "scorer")
     if scorer is not base and not scorer.identity.differences(base.identity):

@@ -32,10 +32,13 @@ class _Place:
 
     rank: int = 0
     size: int = 1
+    on_machine: int = 0  # its number among those of its machine
     group: Any = None  # torch's process group that objects are exchanged in
 
 
 _place = _Place()
+_joined = _place  # the same, also while this rank is `alone`
+_meanwhile: Callable[[], None] | None = None
 
 
 def rank() -> int:
@@ -46,6 +49,27 @@ def rank() -> int:
 def size() -> int:
     """How many there are."""
     return _place.size
+
+
+def on_machine() -> int:
+    """This process's number among those of its machine, from 0."""
+    return _place.on_machine
+
+
+def meanwhile(do: Callable[[], None] | None) -> None:
+    """What a rank does before it waits for the others, whatever it is that it waits for; it returns once all wait."""
+    global _meanwhile
+    _meanwhile = do
+
+
+def any_of(mine: bool) -> bool:
+    """Whether it is so on any of the ranks. Quick: a number, where `gather` tells things."""
+    import torch
+    from torch import distributed
+
+    told = torch.tensor([int(mine)])
+    distributed.all_reduce(told, distributed.ReduceOp.MAX, group=_joined.group)
+    return bool(told)
 
 
 def first() -> bool:
@@ -73,7 +97,7 @@ def join(found: ClusterEnvironment | None, on_gpu: bool) -> None:
     import torch
     from torch import distributed
 
-    global _place
+    global _place, _joined
     if found is None or found.world_size() == 1 or size() > 1:
         return
     number, count = found.global_rank(), found.world_size()
@@ -84,7 +108,8 @@ def join(found: ClusterEnvironment | None, on_gpu: bool) -> None:
         address = "env://"  # the agent that started the ranks has the store, and with it the port
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     distributed.init_process_group(backend, address, world_size=count, rank=number, timeout=PATIENCE)
-    _place = _Place(number, count, distributed.new_group(backend="gloo", timeout=PATIENCE))
+    group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    _place = _joined = _Place(number, count, found.local_rank(), group)
     if number:
         _speak_as(number)
 
@@ -93,9 +118,10 @@ def leave() -> None:
     """Be a process by itself again."""
     from torch import distributed
 
-    global _place
+    global _place, _joined
     if size() > 1:
-        _place = _Place()
+        meanwhile(None)
+        _place = _joined = _Place()
         distributed.destroy_process_group()
 
 
@@ -128,6 +154,8 @@ def gather(thing: T) -> list[T]:
         return [thing]
     from torch import distributed
 
+    if _meanwhile is not None:
+        _meanwhile()
     found: list[Any] = [None] * size()
     distributed.all_gather_object(found, thing, group=_place.group)
     return found

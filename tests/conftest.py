@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from policypatch.model.base import Base, load_base
+from policypatch.model.base import Base
+from policypatch.model.load import load_base
 
 VOCABULARY = 300
 # Enough different words for the 300 - 256 - 3 merges.

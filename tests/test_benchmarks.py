@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_run import ROOT
 
-from policypatch.model.base import Base, load_base
+from policypatch.model.base import Base
+from policypatch.model.load import load_base
 
 sys.path.insert(0, str(ROOT))
 from benchmarks.decoding import overhead, sampling

@@ -18,9 +18,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import policypatch
-from policypatch.model.base import load_base
 from policypatch.model.decode import sample
 from policypatch.model.form import CHAT
+from policypatch.model.load import load_base
 from policypatch.model.sampling import Sampling
 from policypatch.patch.artifact import load
 from policypatch.patch.peft_layout import save_peft

@@ -187,6 +187,29 @@ def test_a_judge_that_fails_in_the_evaluation_costs_neither_training_nor_samplin
     assert cache["judgements"]["hits"] >= 2
 
 
+def test_texts_that_a_judge_fails_on_are_marked_and_the_run_goes_on(go, tmp_path: Path, monkeypatch):
+    """About one text in forty, no prompt (they end in a number) among them."""
+    plain = HashJudge._score_batch
+
+    def score(self: HashJudge, texts: list[str]) -> np.ndarray:
+        scores = plain(self, texts)
+        if self.name == "svm" and any(
+            score < 0.025 and not text[-1].isdigit() for text, score in zip(texts, scores, strict=True)
+        ):
+            raise ValueError("a text like that")
+        return scores
+
+    monkeypatch.setattr(HashJudge, "_score_batch", score)
+    card = go("toxicity", evaluate__k=20)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    left_out = sum(sample["scores"]["svm"] is None for sample in samples if sample["arm"] == "base")
+    assert left_out and not any(sample["scores"]["other"] is None for sample in samples)
+    assert card.find(arm="base", split="rtp", judge="svm", metric="amt").unjudged == left_out
+    assert card.find(arm="base", split="rtp", judge="other", metric="amt").unjudged == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The judge svm failed on" in page
+
+
 def test_a_judge_of_another_risk_that_fails_leaves_the_own_figures(go, tmp_path: Path, monkeypatch):
     with monkeypatch.context() as broken:
         breaks_for(broken, "words", 1)

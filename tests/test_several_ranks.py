@@ -35,10 +35,12 @@ def figures(folder: Path) -> dict[tuple[str, ...], float]:
         return {(row["stage"], row["step"], row["metric"]): float(row["value"]) for row in csv.DictReader(f)}
 
 
-def test_two_ranks_come_to_what_one_comes_to(go):
+@pytest.mark.parametrize("shared_out", [False, True], ids=["a base each", "one base"])
+def test_two_ranks_come_to_what_one_comes_to(shared_out: bool, go):
     """Batches of an odd number of rows, benign ones and texts beside, some of which only one rank has."""
     changes = {"sft.batch_size": 5, "dpo.batch_size": 5, "kl.weight": 0.3, "texts.rows": 1, "dpo.reference": "teacher"}
-    one, two = go("one", 1, others="all", **changes), go("two", 2, others="all", **changes)
+    one = go("one", 1, others="all", **changes)
+    two = go("two", 2, others="all", trainer__shard=shared_out, **changes)
     assert (one / "pairs.jsonl").read_bytes() == (two / "pairs.jsonl").read_bytes()
     expected, found = figures(one), figures(two)
     assert found.keys() == expected.keys()
@@ -104,13 +106,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_told_with_the_whole_batch(go, 
 
 
 def test_what_is_no_fault_of_the_user_is_told_with_its_rank(go):
-    judge = "{_target_:test_several_ranks.Breaks,name:broken}"
     with pytest.raises(RuntimeError, match=r"rank \d failed: ZeroDivisionError"):
-        go("run", 2, "toxicity", **{"+risk.judges.broken": judge})
+        go("run", 2, "toxicity", method___target_="test_several_ranks.Broken")
 
 
-class Breaks(HashJudge):
-    """Has a mistake in its code, met once there is more than one text."""
+class Broken(PatchMethod):
+    """Has a mistake in its code."""
 
-    def _score_batch(self, texts: list[str]) -> np.ndarray:
-        return super()._score_batch(texts) / (len(texts) // int(len(texts) == 1))
+    def start(self, base, seed, row_tokens):
+        return 1 / 0

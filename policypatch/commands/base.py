@@ -25,7 +25,7 @@ def base_of(model: str, dtype: str = "auto") -> Any:
         PolicyPatchError: it cannot be had or does not load.
     """
     from policypatch.logs import quiet_libraries
-    from policypatch.model.base import load_base
+    from policypatch.model.load import load_base
 
     quiet_libraries()
     config = model_config(model)

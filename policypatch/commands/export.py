@@ -67,7 +67,7 @@ def export(
             if (patches[0] / signature.SIGNATURE).is_file():  # of the manifest, which goes along as it is
                 shutil.copyfile(patches[0] / signature.SIGNATURE, out / signature.SIGNATURE)
         else:
-            from policypatch.model.base import choose_dtype
+            from policypatch.model.load import choose_dtype
             from policypatch.patch.prompt_embeds import save_embeds
 
             save_embeds(

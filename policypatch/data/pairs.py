@@ -118,7 +118,7 @@ def choose_pairs(chosen: Candidates, rejected: Candidates, rule: PairFilter) -> 
         rejected: the base's; the same object where the base is its own teacher.
         rule: the thresholds.
     """
-    highest, lowest = chosen.scores.max(0), rejected.scores.min(0)
+    highest, lowest = chosen.scores.max(0), rejected.scores.min(0)  # NaN where a judge failed: on neither side
     shortest = max(1, rule.min_tokens)
     fit = (chosen.lengths >= shortest) & (highest <= rule.chosen_at_most) & (chosen.repetition <= rule.max_repetition)
     unfit = (rejected.lengths >= shortest) & (lowest >= rule.rejected_at_least)

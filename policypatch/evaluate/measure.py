@@ -21,11 +21,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric of one arm: the filled metric, and who judged."""
+    """One metric of one arm: the filled metric, who judged, and how many texts that judge failed on."""
 
     name: str
     judge: str | None
     metric: PerPromptMetric
+    unjudged: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class Settings:
     seed: int = 0
 
 
-def filled(name: str, judge: str | None, metric: PerPromptMetric, values: torch.Tensor) -> Measured:
+def filled(name: str, judge: str | None, metric: PerPromptMetric, values: torch.Tensor, unjudged: int = 0) -> Measured:
     """A metric with its values: (N, k), or (N,) for k = 1. Each rank puts in its share; all have the whole."""
     share = ranks.share(len(values))
     metric.update(values[share.start : share.stop])
     metric.gather()
-    return Measured(name, judge, metric)
+    return Measured(name, judge, metric, unjudged)
 
 
 def rows_of(
@@ -87,6 +88,7 @@ def rows_of(
                 n=ours.metric.count(),
                 filter=ours.judge in filter_judges,
                 upper=ours.metric.upper(settings.level),
+                unjudged=ours.unjudged,
                 **({} if ours is base else _against(ours, base, settings)),
             )
             rows.append(row)

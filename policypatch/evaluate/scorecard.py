@@ -48,6 +48,8 @@ class Row:
 
     None where no bound is guaranteed at every number of prompts (a bootstrap interval's end is none).
     """
+    unjudged: int = 0
+    """Texts that the judge failed on, which count nowhere."""
 
     def __post_init__(self) -> None:
         """Refuse what JSON cannot hold and no table should show."""

@@ -10,6 +10,7 @@ from policypatch.model.arm import Arm
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
 from policypatch.model.lora import LoRA, LoRABackbone, LoRASettings
+from policypatch.model.sharded import is_sharded
 
 
 class LoRAMethod(Trained):
@@ -31,7 +32,9 @@ class LoRAMethod(Trained):
         self.settings = LoRASettings(r, scale * r, targets if isinstance(targets, str) else tuple(targets))
 
     def check(self, base: Base) -> None:
-        """Refuse layers that the base has not."""
+        """Refuse layers that the base has not, or that no rank has whole."""
+        if is_sharded(base.model):
+            raise PolicyPatchError("method=lora changes layers that trainer.shard shares out: use trainer=ddp")
         if isinstance(self.settings.targets, str):
             return
         names = [name for name, _ in base.model.named_modules()]

@@ -18,6 +18,7 @@ from policypatch.errors import PolicyPatchError
 from policypatch.model.head import finish_logits, token_divergence, token_logprobs
 from policypatch.model.packed import packed_states
 from policypatch.model.parts import sliding_window
+from policypatch.model.sharded import is_sharded
 from policypatch.model.tree import Cost, Item, Tree, build_tree
 
 
@@ -60,7 +61,8 @@ class PrefixBackbone(nn.Module):
         # its own business, so only a move is passed on.
         probe = fn(torch.empty(0, device=self.patch.device))
         super()._apply(fn, recurse)
-        if probe.device != self.model.device and getattr(self.model, "hf_device_map", None) is None:
+        placed = is_sharded(self.model) or getattr(self.model, "hf_device_map", None) is not None
+        if probe.device != self.model.device and not placed:
             self.model.to(probe.device)
         return self
 

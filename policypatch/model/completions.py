@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from policypatch import ranks
-from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_json, write_json
 from policypatch.files.cache import begun, content_key, entry, rows_array
 from policypatch.model.base import Base
 from policypatch.model.decode import sample
 from policypatch.model.form import PLAIN, Form
+from policypatch.model.judging import CompletionJudge, judged
 from policypatch.model.sampling import Sampling
 from policypatch.patch.artifact import digest
 from policypatch.progress import track
@@ -31,17 +30,6 @@ log = logging.getLogger(__name__)
 
 SAMPLER = 2
 """Goes up when the same settings draw other samples than before, so that those in caches are not taken for them."""
-
-
-class CompletionJudge(Protocol):
-    """The part of a judge that scoring completions needs (`policypatch.evaluate.judges.Judge` is one)."""
-
-    name: str
-    fingerprint: str
-
-    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> np.ndarray:
-        """(N,) score of each text in [0, 1], as an answer to its prompt where the judge reads that."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -86,12 +74,13 @@ class Completions:
     def safest(self, n: int, judges: Sequence[CompletionJudge]) -> Completions:
         """Of every n samples of a prompt the one that scores lowest by the judge that finds it riskiest.
 
-        A blank one is taken only where all n are: judges find nothing wrong with it.
+        A blank one is taken only where all n are, as judges find nothing wrong with it, and so is one that a judge
+        failed on.
         """
         rows, kept = len(self.texts), self.k // n
         worst = np.stack([self.scores(judge) for judge in judges]).max(0)
         blank = np.array([[not text.strip() for text in row] for row in self.texts])
-        best = np.where(blank, np.inf, worst).reshape(rows, kept, n).argmin(2) + np.arange(kept) * n
+        best = np.where(blank | np.isnan(worst), np.inf, worst).reshape(rows, kept, n).argmin(2) + np.arange(kept) * n
         chosen = [judge.fingerprint for judge in judges]
         return replace(
             self,
@@ -101,35 +90,23 @@ class Completions:
         )
 
     def scores(self, judge: CompletionJudge) -> np.ndarray:
-        """(prompts, k) the judge's scores, kept beside the samples."""
+        """(prompts, k) the judge's scores, kept beside the samples; NaN where it failed on a text."""
 
         def make(rows: range) -> np.ndarray:
             log.info("judging %d texts by %s", len(rows) * self.k, judge.name)
             prompts = [self.prompts[i] for i in rows for _ in range(self.k)]
-            scores = judge.score([text for i in rows for text in self.texts[i]], prompts)
-            return checked_scores(judge, scores, len(rows), self.k).reshape(len(rows), self.k)
+            texts = [text for i in rows for text in self.texts[i]]
+            return judged(judge, texts, prompts, self.k).reshape(len(rows), self.k)
 
         about = {"completions": self.key, "judge": judge.fingerprint}
-        return rows_array("judgements", about, len(self.texts), make)
-
-
-def checked_scores(judge: CompletionJudge, given: Any, prompts: int, k: int) -> np.ndarray:
-    """(prompts * k,) scores, which a judge of the user's own may not have checked: a NaN would turn up much later.
-
-    Raises:
-        PolicyPatchError: another number of scores, or one that is not in [0, 1] by more than a rounding error.
-    """
-    scores = np.asarray(given, dtype=np.float64)
-    if scores.shape != (prompts * k,):
-        raise PolicyPatchError(
-            f"judge {judge.name}: returned scores of shape {scores.shape} for {prompts * k} texts: give one for each"
-        )
-    wrong = np.flatnonzero(~((scores >= -1e-6) & (scores <= 1 + 1e-6)))  # written so that NaN is wrong too
-    if len(wrong):
-        prompt, number = divmod(int(wrong[0]), k)
-        of = f"completion {number + 1} of prompt {prompt + 1}" if k > 1 else f"text {prompt + 1}"
-        raise PolicyPatchError(f"judge {judge.name}: {of} scored {scores[wrong[0]]}, which is not in [0, 1]")
-    return np.clip(scores, 0.0, 1.0)
+        scores = rows_array("judgements", about, len(self.texts), make)
+        if failed := int(np.isnan(scores).sum()):
+            log.warning(
+                "%d of %d texts have no score by %s, and count nowhere by it; to have them judged again: "
+                "policypatch cache --clean --kind judgements",
+                *(failed, scores.size, judge.name),
+            )
+        return scores
 
 
 def trigram_repetition(tokens: Sequence[int]) -> float:

@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.parts import decoder_of
+from policypatch.model.parts import decoder_of, layers_of
 
 
 def packed_states(
@@ -119,7 +118,7 @@ def _recomputed(model: PreTrainedModel) -> Iterator[None]:
 
     Not by transformers' own switch, which takes a layer's cache away and works on models in training mode only.
     """
-    layers = [module for module in decoder_of(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     if not layers:
         raise PolicyPatchError(
             f"trainer.recompute: {type(model).__name__} has no layers that can be computed again: set it to false"

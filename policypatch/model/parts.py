@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The LM without its head (`.model`, `.transformer`, ...)."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The LM's layers, in order; none where transformers does not mark them."""
+    return [module for module in decoder_of(model).modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:

@@ -78,6 +78,7 @@ def write_report(run_dir: Path) -> Path:
         own_arms=_arms_in(own),
         other_arms=_arms_in(others),
         any_filter=any(row.get("filter") for row in rows),
+        unjudged=scorecard.unjudged(rows),
         any_bound=any(wording.is_number(row.get("upper")) for row in rows),
         losses=loss_curves(metrics),
         distributions=score_distributions(worst_scores(first[1], arms) if first else {}, threshold),

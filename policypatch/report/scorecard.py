@@ -101,6 +101,17 @@ def _grouped(rows: Iterable[Row]) -> list[Group]:
     return list(groups.values())
 
 
+def unjudged(rows: Iterable[Row]) -> list[str]:
+    """A sentence for each judge that failed on texts, in order of appearance."""
+    failed: dict[tuple[str, str, str, str], int] = {}
+    for row in rows:
+        if row.get("unjudged"):
+            failed[str(row["judge"]), str(row["arm"]), str(row.get("risk")), str(row.get("split"))] = row["unjudged"]
+    judges = dict.fromkeys(judge for judge, *_ in failed)
+    counts = {judge: sum(n for (by, *_), n in failed.items() if by == judge) for judge in judges}
+    return [f"{judge} failed on {n} text{'s' if n > 1 else ''}, left out" for judge, n in counts.items()]
+
+
 def own_and_others(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
     """The groups of the risk that the run is about, and those of all else."""
     risk = groups[0].risk if groups else ""

@@ -28,6 +28,7 @@ from policypatch.report.scorecard import (
     final_arm,
     groups_of,
     readable,
+    unjudged,
 )
 from policypatch.report.wording import arrow, is_number, number, percent
 
@@ -172,6 +173,7 @@ def _caption(rows: list[Row], final: str | None, left_out: list[str], level: flo
     notes.append(f"[ ]: {percent(level)} interval over prompts")
     if any(row.get("filter") for row in rows):
         notes.append("* this judge also filtered the training pairs")
+    notes += unjudged(rows)
     if left_out:
         notes.append(f"left out for width: {', '.join(left_out)}")
     return Text("\n".join(notes))

@@ -16,6 +16,7 @@ from policypatch import ranks
 from policypatch.data.datamodule import Batch
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone, sum_by_sequence
+from policypatch.model.sharded import levelled
 from policypatch.train.figures import LOSS, Figure, over_ranks, share_of_loss, with_loss
 from policypatch.train.losses import balance_loss
 
@@ -158,7 +159,7 @@ class StageModule(L.LightningModule, ABC):
             if tree is not None:
                 self.tokens += tree.tokens
                 self.padding += tree.padding
-        return share_of_loss(ours, figures, ranks.size())
+        return levelled(self.backbone.model, share_of_loss(ours, figures, ranks.size()), self.backbone.patch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same figures on held-out rows."""

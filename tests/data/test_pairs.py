@@ -35,6 +35,12 @@ def test_further_pairs_take_the_next_of_either_side():
     assert chosen(PairFilter(per_prompt=9)) == [(3, 2), (0, 5)]
 
 
+def test_a_candidate_that_a_judge_failed_on_is_on_neither_side():
+    scores = np.vstack([SCORES, SCORES])
+    scores[1, [3, 2]] = np.nan
+    assert chosen(PairFilter(per_prompt=9), scores) == [(0, 5)]
+
+
 def test_margin_is_inclusive_and_counts_per_pair():
     """0.9 - 0.05 = 0.85; the second pair has 0.62 - 0.10 = 0.52."""
     assert chosen(PairFilter(per_prompt=2, margin=0.52 - 1e-9)) == [(3, 2), (0, 5)]

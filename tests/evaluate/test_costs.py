@@ -14,9 +14,10 @@ from policypatch.evaluate.scorecard import COST, Row
 from policypatch.files.cache import counters, reset_counters
 from policypatch.model import decode, latency
 from policypatch.model.arm import Arm
-from policypatch.model.base import Base, load_base
+from policypatch.model.base import Base
 from policypatch.model.form import Guidance
 from policypatch.model.latency import Load, ratios
+from policypatch.model.load import load_base
 from policypatch.model.lora import LoRA, LoRASettings
 from policypatch.model.sampling import Sampling
 

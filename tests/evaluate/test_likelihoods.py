@@ -13,7 +13,8 @@ from policypatch.evaluate import likelihoods
 from policypatch.evaluate.likelihoods import next_word_mass, sequence_nll
 from policypatch.evaluate.metrics import GLD
 from policypatch.model.backbone import plain_logits
-from policypatch.model.base import Base, load_base
+from policypatch.model.base import Base
+from policypatch.model.load import load_base
 
 TEXTS = ["The harbour was quiet.", "", "Nobody in the office could say where.", "It"]
 PROMPTS = ["My neighbour said that", "The train", "When the committee voted, the"]

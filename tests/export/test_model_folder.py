@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from policypatch.errors import PolicyPatchError
 from policypatch.export.model_folder import ABOUT, export_tokens
 from policypatch.model.backbone import plain_logits
-from policypatch.model.base import Base, identify, load_base
+from policypatch.model.base import Base, identify
+from policypatch.model.load import load_base
 
 PROMPT, COMPLETION = [5, 6, 7, 20], [8, 9, 4]
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from policypatch.errors import PolicyPatchError
 from policypatch.files import cache
-from policypatch.model.base import Base, choose_device, choose_dtype, identify, load_base
+from policypatch.model.base import Base, identify
+from policypatch.model.load import choose_device, choose_dtype, load_base
 
 
 def config(folder: Any, **changes: Any) -> DictConfig:

@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 
 from policypatch.model.backbone import PrefixBackbone, plain_logits
-from policypatch.model.base import Base, load_base
+from policypatch.model.base import Base
 from policypatch.model.decode import sample
+from policypatch.model.load import load_base
 from policypatch.model.sampling import Sampling
 from policypatch.model.tree import Item
 from policypatch.patch.artifact import Patch, digest, load, save

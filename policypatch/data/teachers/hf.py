@@ -18,9 +18,10 @@ from policypatch.data.pairs import Pair, Text
 from policypatch.data.teachers.sampled import SampledTeacher
 from policypatch.data.teachers.teacher import TeacherContext
 from policypatch.model.arm import Arm
-from policypatch.model.base import Base, load_base
+from policypatch.model.base import Base
 from policypatch.model.completions import Completions, complete
 from policypatch.model.form import CHAT, PLAIN, Form
+from policypatch.model.load import load_base
 from policypatch.model.logprobs import item_logprobs
 from policypatch.model.tree import Item
 

@@ -96,9 +96,12 @@ class SampledTeacher(ABC):
             for c, r in choose_pairs(chosen, rejected, self.rule):
                 scores = float(chosen.scores[:, c].max()), float(rejected.scores[:, r].min())
                 pairs.append(_pair(context, ours.prompts[i], self._side(theirs, i, c), _side(ours, i, r), scores))
-        unsafe = int((rejected_scores.min(0).max(1) >= self.rule.rejected_at_least).sum())
+        unsafe = int((np.fmax.reduce(rejected_scores.min(0), 1) >= self.rule.rejected_at_least).sum())
         counts = {"prompts": len(context.prompts), "responses": len(context.prompts) * self.n}
         counts |= {"prompts_with_an_unsafe_one": unsafe, "risk_pairs": len(pairs)}
+        asked = [rejected_scores] if theirs is ours else [rejected_scores, chosen_scores]
+        if unjudged := sum(int(np.isnan(scores).sum()) for scores in asked):
+            counts |= {"unjudged": unjudged}
         if context.benign:
             benign = self._benign_pairs(context)
             refused = sum(pair.rejected is not None for pair in benign)

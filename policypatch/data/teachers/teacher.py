@@ -16,8 +16,8 @@ from policypatch.data.prompts import normalise
 from policypatch.files.atomic import read_json
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
-from policypatch.model.completions import CompletionJudge
 from policypatch.model.form import PLAIN, Form
+from policypatch.model.judging import CompletionJudge
 from policypatch.model.tree import Item
 
 

@@ -18,7 +18,8 @@ from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.judges.base import BaseJudge
 from policypatch.evaluate.likelihoods import backbone_of
 from policypatch.files.cache import content_key
-from policypatch.model.base import Base, load_base
+from policypatch.model.base import Base
+from policypatch.model.load import load_base
 from policypatch.model.tree import Item
 
 

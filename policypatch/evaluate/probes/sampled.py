@@ -16,8 +16,9 @@ from policypatch.evaluate.metrics import AMT, GAS, MeanValue, Perplexity, PerPro
 from policypatch.evaluate.probes.probe import Bench, Outcome, Plan, Reading
 from policypatch.evaluate.scorer import completion_nll
 from policypatch.model.arm import Arm
-from policypatch.model.completions import Completions, checked_scores, complete
+from policypatch.model.completions import Completions, complete
 from policypatch.model.form import PLAIN, Form
+from policypatch.model.judging import judged
 from policypatch.model.sampling import Sampling
 
 RATES = ("toxic_rate", "asr", "over_refusal", "benign_refusal", "hit_rate")
@@ -88,7 +89,7 @@ class SampledProbe:
             made = made.safest(n, choosing)
         scores = {name: self._scores(judge, made) for name, judge in self.judges.items()}
         measured = [
-            filled(metric, name, metric_of(metric, self.threshold), torch.from_numpy(values))
+            filled(metric, name, metric_of(metric, self.threshold), torch.from_numpy(values), _missing(values))
             for name, values in scores.items()
             for metric in self.metrics
         ]
@@ -105,7 +106,7 @@ class SampledProbe:
     def _prompt_scores(self) -> dict[str, np.ndarray]:
         """How a text to continue scores by itself, once for all arms; a request is no completion and has no score."""
         alone = {n: j for n, j in self.judges.items() if not self.form.chat and not getattr(j, "reads_prompt", False)}
-        return {name: checked_scores(j, j.score(self.prompts), len(self.prompts), 1) for name, j in alone.items()}
+        return {name: judged(j, self.prompts, self.prompts, k=1) for name, j in alone.items()}
 
     def _scores(self, judge: Judge, made: Completions) -> np.ndarray:
         """(prompts, k), higher is worse."""
@@ -125,14 +126,23 @@ class SampledProbe:
                     "split": self.split,
                     "prompt_id": i,
                     "prompt": prompt,
-                    "prompt_scores": {name: round(float(x[i]), 6) for name, x in self._prompt_scores.items()},
+                    "prompt_scores": {name: _figure(x[i], 6) for name, x in self._prompt_scores.items()},
                     "arm": arm.name,
                     "sample": s,
                     "text": text,
-                    "scores": {name: round(float(x[i, s]), 6) for name, x in scores.items()},
-                    "ppl": None if np.isnan(ppl[i, s]) else round(float(ppl[i, s]), 4),
+                    "scores": {name: _figure(x[i, s], 6) for name, x in scores.items()},
+                    "ppl": _figure(ppl[i, s], 4),
                     "tokens": len(made.tokens[i][s]),
                 }
+
+
+def _missing(values: np.ndarray) -> int:
+    return int(np.isnan(values).sum())
+
+
+def _figure(value: float, digits: int) -> float | None:
+    """As it is written: JSON has no NaN."""
+    return None if np.isnan(value) else round(float(value), digits)
 
 
 def text_quality(made: Completions) -> list[Measured]:

@@ -1,0 +1,108 @@
+"""Asking a judge about completions: one that fails on a text leaves that text without a score, and the run goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from policypatch.errors import PolicyPatchError
+
+log = logging.getLogger(__name__)
+
+MOST_FAILED = 0.05
+"""Share of the texts that a judge may fail on; one that fails on more is broken, and its figures would be as well."""
+
+
+class CompletionJudge(Protocol):
+    """The part of a judge that scoring completions needs (`policypatch.evaluate.judges.Judge` is one)."""
+
+    name: str
+    fingerprint: str
+
+    def score(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> np.ndarray:
+        """(N,) score of each text in [0, 1], as an answer to its prompt where the judge reads that."""
+        ...
+
+
+def judged(judge: CompletionJudge, texts: Sequence[str], prompts: Sequence[str], k: int) -> np.ndarray:
+    """(N,) scores in [0, 1]; NaN for a text that the judge raised an exception on.
+
+    Which text it was is found by halving what it was asked about, so N texts of which one fails cost about 2 N.
+
+    Args:
+        judge: who is asked; may be a user's own.
+        texts: what is judged, the k completions of a prompt next to each other.
+        prompts: (N,) what each text answers.
+        k: completions a prompt, for the words of an error.
+
+    Raises:
+        PolicyPatchError: the judge raised one itself (which says what to do), gave another number of scores or one
+            that is not in [0, 1], or failed on the only text, or on more than one and more than `MOST_FAILED` of all.
+    """
+    scores = np.full(len(texts), np.nan)
+    failed: list[int] = []
+    first: Exception | None = None
+    most = max(int(MOST_FAILED * len(texts)), min(1, len(texts) - 1))
+    asked = [range(len(texts))] if texts else []
+    while asked:
+        rows = asked.pop()
+        part = slice(rows.start, rows.stop)
+        try:
+            given = judge.score(texts[part], prompts[part])
+        except PolicyPatchError:
+            raise
+        except Exception as error:  # whatever a user's judge, or a library below it, raises
+            first = first or error
+            if len(rows) > 1:
+                middle = len(rows) // 2
+                asked += [rows[middle:], rows[:middle]]
+                continue
+            failed.append(rows.start)
+            if len(failed) > most:
+                raise PolicyPatchError(
+                    f"judge {judge.name}: failed on {len(failed)} of {len(texts)} texts, which is too many: mend it or "
+                    f"do without; the first is {_place(failed[0], k)} ({type(first).__name__}: {first})"
+                ) from first
+            continue
+        scores[part] = checked_scores(judge, given, len(rows), k, rows.start)
+    if failed:
+        log.warning(
+            "judge %s failed on %d of %d texts, which count nowhere; the first is %s (%s: %s)",
+            *(judge.name, len(failed), len(texts), _place(failed[0], k), type(first).__name__, first),
+        )
+    return scores
+
+
+def checked_scores(judge: CompletionJudge, given: Any, texts: int, k: int = 1, start: int = 0) -> np.ndarray:
+    """(texts,) scores, which a judge of the user's own may not have checked: a NaN would turn up much later.
+
+    Args:
+        judge: who gave them.
+        given: what it gave.
+        texts: how many it was asked about.
+        k: completions a prompt.
+        start: number of the first text, from 0.
+
+    Raises:
+        PolicyPatchError: another number of scores, or one that is not in [0, 1] by more than a rounding error.
+    """
+    scores = np.asarray(given, dtype=np.float64)
+    if scores.shape != (texts,):
+        raise PolicyPatchError(
+            f"judge {judge.name}: returned scores of shape {scores.shape} for {texts} texts: give one for each"
+        )
+    wrong = np.flatnonzero(~((scores >= -1e-6) & (scores <= 1 + 1e-6)))  # written so that NaN is wrong too
+    if len(wrong):
+        number = int(wrong[0])
+        raise PolicyPatchError(
+            f"judge {judge.name}: {_place(start + number, k)} scored {scores[number]}, which is not in [0, 1]"
+        )
+    return np.clip(scores, 0.0, 1.0)
+
+
+def _place(number: int, k: int) -> str:
+    prompt, sample = divmod(number, k)
+    return f"completion {sample + 1} of prompt {prompt + 1}" if k > 1 else f"text {prompt + 1}"

@@ -1,0 +1,83 @@
+"""Judges that fail on texts: which ones is found, the rest keep their scores, and a broken judge is not believed."""
+
+import logging
+
+import numpy as np
+import pytest
+from tiny_run import HashJudge
+
+from policypatch.errors import PolicyPatchError
+from policypatch.model.judging import judged
+
+TEXTS = [f"text {i}" for i in range(40)]
+
+
+class Picky(HashJudge):
+    """Raises whenever one of these is among the texts."""
+
+    def __init__(self, *bad: str, error: type[Exception] = RuntimeError) -> None:
+        super().__init__("picky")
+        self.bad, self.error, self.calls = set(bad), error, 0
+
+    def score(self, texts, prompts=None):
+        self.calls += 1
+        if self.bad & set(texts):
+            raise self.error("no such word")
+        return super().score(texts, prompts)
+
+
+def test_a_judge_that_fails_on_nothing_is_asked_once():
+    judge = Picky()
+    assert np.array_equal(judged(judge, TEXTS, TEXTS, 4), HashJudge("picky").score(TEXTS))
+    assert judge.calls == 1
+
+
+@pytest.mark.parametrize("bad", [(0,), (39,), (17,), (3, 30)])
+def test_texts_that_a_judge_fails_on_have_no_score_and_the_others_theirs(bad, caplog):
+    judge = Picky(*(TEXTS[i] for i in bad))
+    with caplog.at_level(logging.WARNING):
+        scores = judged(judge, TEXTS, TEXTS, 4)
+    assert np.flatnonzero(np.isnan(scores)).tolist() == list(bad)
+    assert np.array_equal(np.delete(scores, bad), np.delete(HashJudge("picky").score(TEXTS), bad))
+    assert judge.calls <= 1 + len(bad) * 2 * 6  # halves of 40: six levels
+    (message,) = caplog.messages
+    assert f"failed on {len(bad)} of 40 texts" in message and "RuntimeError: no such word" in message
+    assert f"completion {bad[0] % 4 + 1} of prompt {bad[0] // 4 + 1}" in message
+
+
+def test_a_judge_that_fails_on_many_is_broken():
+    with pytest.raises(PolicyPatchError, match=r"judge picky: failed on 3 of 40 .*mend it.* text 1 \(.*no such word"):
+        judged(Picky(*TEXTS), TEXTS, TEXTS, 1)
+
+
+def test_one_text_of_few_may_fail_but_not_the_only_one():
+    assert np.isnan(judged(Picky("b"), ["a", "b", "c"], ["", "", ""], 1)).tolist() == [False, True, False]
+    with pytest.raises(PolicyPatchError, match="judge picky: failed on 1 of 1 texts"):
+        judged(Picky("a"), ["a"], [""], 1)
+    with pytest.raises(PolicyPatchError, match="judge picky: failed on 2 of 2 texts"):
+        judged(Picky("a", "b"), ["a", "b"], ["", ""], 1)
+
+
+def test_what_a_judge_says_itself_ends_the_run_as_it_says_it():
+    with pytest.raises(PolicyPatchError, match=r"^no such word$"):
+        judged(Picky(TEXTS[5], error=PolicyPatchError), TEXTS, TEXTS, 1)
+
+
+def test_being_stopped_is_no_failure_of_the_judge():
+    with pytest.raises(KeyboardInterrupt):
+        judged(Picky(TEXTS[5], error=KeyboardInterrupt), TEXTS, TEXTS, 1)
+
+
+def test_a_wrong_score_is_named_by_its_own_place_after_a_failure_before_it():
+    class Wrong(Picky):
+        def score(self, texts, prompts=None):
+            scores = super().score(texts, prompts)
+            scores[[text == TEXTS[30] for text in texts]] = 2.0
+            return scores
+
+    with pytest.raises(PolicyPatchError, match=r"judge picky: completion 3 of prompt 8 scored 2\.0"):
+        judged(Wrong(TEXTS[1]), TEXTS, TEXTS, 4)
+
+
+def test_nothing_to_judge():
+    assert judged(Picky(), [], [], 1).shape == (0,)
