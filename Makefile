@@ -1,5 +1,6 @@
 # make demo   a judged, packaged toxicity patch for a real model        make test   fast tests, sets itself up
-# make lint   ruff + mypy        make check   lint + every test, slow ones too        make bench   speed, to a JSON
+# make lint   ruff + mypy        make check   lint, every test, make audit        make bench   speed, to a JSON
+# make audit  known vulnerabilities of the pinned packages, where pypi.org can be reached
 # make test-slurm   sweeps on a SLURM of this machine alone (root, and the packages slurm-wlm and munge; skips without)
 # make engines   builds llama.cpp for the slow tests that need it (they skip, and say so, without)
 #
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(firstword $(shell printf %s "$(TORCH)" | cksum))
 ARGS ?=
 
-.PHONY: demo test lint check bench slow test-slurm engines clean
+.PHONY: demo test lint audit check bench slow test-slurm engines clean
 
 demo: $(READY)
 	$(BIN)/python run.py name=demo $(ARGS)
@@ -38,7 +39,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test slow
+check: lint test slow audit
+
+# Known vulnerabilities of the packages that are pinned. A mirror of the registry need not tell any, and pip-audit would
+# find none: an old version that has some is asked for first.
+KNOWN := import json, urllib.request as u; json.load(u.urlopen("https://pypi.org/pypi/jinja2/2.10/json", timeout=10))["vulnerabilities"][0]
+audit: $(READY)
+	@if $(BIN)/python -c '$(KNOWN)' 2>/dev/null; then \
+	  $(BIN)/python -m pip install --quiet -c requirements.lock pip-audit && \
+	  $(BIN)/python -m pip_audit --strict --requirement requirements.lock --no-deps --disable-pip; \
+	else echo "audit: pypi.org's list of vulnerabilities cannot be reached: not looked up"; fi
 
 # torch first and by itself: left to the other packages' requirements, pip would take the registry's newest build.
 $(READY): pyproject.toml requirements.lock

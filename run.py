@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -64,5 +65,6 @@ def prepare() -> None:
 
 
 if __name__ == "__main__":
+    logging.raiseExceptions = False  # a full disk is told once, by whoever wants to keep something, not for every line
     prepare()
     main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 import yaml
 from hydra import compose
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from policypatch.errors import PolicyPatchError
+from policypatch.files.disk import refuse_closed
 from policypatch.settings import ABSENT, check
 
 
@@ -46,8 +48,10 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         known = compose("config", overrides=[o.input_line or "" for o in overrides if o not in swept and _is_choice(o)])
         for override in overrides:
             _check_key(override, known, {o.key_or_group for o in swept})
-        # One for all jobs.
-        launcher = compose("config", overrides=plain, return_hydra_config=True).hydra.launcher if multirun else None
+        hydra_cfg = compose("config", overrides=plain, return_hydra_config=True).hydra
+        kind = "sweep" if multirun else "run"
+        refuse_closed(Path(hydra_cfg[kind].dir).absolute(), f"hydra.{kind}.dir")
+        launcher = hydra_cfg.launcher if multirun else None  # one for all jobs
         for extra in _single_values(swept):
             cfg = compose("config", overrides=[*plain, *extra])
             check(cfg)

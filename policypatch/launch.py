@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policypatch import pipeline, ranks
 from policypatch.errors import PolicyPatchError
+from policypatch.files.disk import told
 from policypatch.settings import check
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def start(
         )
     if found is not None or wanted == 1:
         ranks.join(found, cfg.trainer.accelerator == "gpu")
-        pipeline.run(cfg, folder, overrides, arguments)
+        with told(folder, f"started again in that folder (hydra.run.dir={folder}, or the same sweep) it goes on"):
+            pipeline.run(cfg, folder, overrides, arguments)
         ranks.leave()
     elif cfg.trainer.num_nodes > 1:
         raise PolicyPatchError(

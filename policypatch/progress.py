@@ -18,8 +18,14 @@ LINE_EVERY_S = 30.0
 
 
 @contextmanager
-def track(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how far `what` is; yields a function that is told how many more are done."""
+def track(what: str, total: int, begun: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show how far `what` is; yields a function that is told how many more are done.
+
+    Args:
+        what: in a word or two.
+        total: how many there are to do.
+        begun: how many of them were done before.
+    """
     if not ranks.first():  # its share is as large as that of any other, whose progress the first one shows
         yield lambda n: None
         return
@@ -27,18 +33,18 @@ def track(what: str, total: int) -> Iterator[Callable[[int], None]]:
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task(what, total=total)
+            task = progress.add_task(what, total=total, completed=begun)
             yield lambda n: progress.advance(task, n)
         return
     started = said = time.monotonic()
-    done = 0
+    done = begun
 
     def advance(n: int) -> None:
         nonlocal done, said
         done += n
         now = time.monotonic()
         if now - said >= LINE_EVERY_S or done >= total:
-            left = (now - started) / done * (total - done)
+            left = (now - started) / (done - begun) * (total - done)
             log.info("%s: %d of %d, about %.0f s left", what, done, total, left)
             said = now
 

@@ -58,7 +58,11 @@ def job(
         note = {"error": type(error).__name__, "message": str(error)}
         # The run that stands in the folder is another one, and as good as it was.
         name = REFUSED if isinstance(error, ForeignFolder) else FAILED
-        write_json(folder / name, note if known else note | {"traceback": traceback.format_exc()})
+        note |= {} if known else {"traceback": traceback.format_exc()}
+        try:
+            write_json(folder / name, note)
+        except OSError as full:
+            log.error("%s cannot be written: %s", folder / name, full.strerror)  # noqa: TRY400: that it failed is told
     finally:
         torch.set_num_threads(threads)
         gc.collect()  # a trainer and its module hold each other, and with them the base

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from policypatch import ranks
 from policypatch.errors import PolicyPatchError
+from policypatch.files.disk import say_if_full
 
 BOM = b"\xef\xbb\xbf"  # some editors put it in front
 TEMPORARY = ".tmp-"
@@ -55,6 +56,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
         _fsync(temporary)
         temporary.replace(target)
         _fsync(target.parent)
+    except Exception as error:
+        if not isinstance(error, OSError):
+            say_if_full(target.parent, error)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,7 +6,6 @@ its `about.json`; whatever does not match is made again. The root is `$POLICYPAT
 `~/.cache/policypatch`.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -34,6 +33,7 @@ from policypatch.files.atomic import (
     remove,
     write_json,
 )
+from policypatch.files.disk import refuse_closed, told
 from policypatch.files.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -262,19 +262,10 @@ def _lock(folder: Path) -> Iterator[None]:
 @contextmanager
 def _writable(folder: Path) -> Iterator[None]:
     """Make the entry's parent, and tell a full or forbidden disk in a sentence."""
-    hint = "free some space, or set POLICYPATCH_CACHE to another folder"
-    try:
+    refuse_closed(folder.parent, "the cache (POLICYPATCH_CACHE)")
+    with told(folder, "free some space, or set POLICYPATCH_CACHE to another folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise PolicyPatchError(f"cannot write the cache {folder.parent}: {error.strerror}; {hint}") from error
-    try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise PolicyPatchError(f"no room left while making {folder}: {error.strerror}; {hint}") from error
 
 
 def _count(kind: str, what: str) -> None:

@@ -14,10 +14,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
-from rich.console import Console
 from safetensors.torch import save_file
 
 from policypatch import ranks
@@ -27,6 +26,7 @@ from policypatch.files.atomic import atomic_path, write_json
 from policypatch.train.checkpoints import LAST, Checkpoints, WholeFiles, usable
 from policypatch.train.cost import Cost
 from policypatch.train.module import NotFiniteError, Optimisation, StageModule
+from policypatch.train.stage_progress import StageProgress
 
 log = logging.getLogger(__name__)
 
@@ -128,9 +128,7 @@ def run_stage(
     validated = trainer_cfg.validate_every if data.validation else 0
     figures, cost = MetricsCsv(folder / "metrics.csv", module.stage), Cost(device)
     checkpoints = Checkpoints(last, trainer_cfg.checkpoint_every, validated)
-    callbacks: list[Callback] = [OwnSignals(), figures, cost, checkpoints]
-    if Console().is_terminal:
-        callbacks.append(RichProgressBar())
+    callbacks = [OwnSignals(), figures, cost, checkpoints, StageProgress(module.stage)]
     trainer = L.Trainer(
         accelerator=trainer_cfg.accelerator,
         devices=ranks.size() // trainer_cfg.num_nodes,
@@ -151,7 +149,7 @@ def run_stage(
         log_every_n_steps=1,
         logger=list(loggers),
         callbacks=callbacks,
-        enable_progress_bar=Console().is_terminal,
+        enable_progress_bar=False,  # one that looks like those of the other parts is among the callbacks
         enable_model_summary=False,
         deterministic=True,
         default_root_dir=folder,

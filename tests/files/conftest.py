@@ -2,8 +2,11 @@
 
 import base64
 import hashlib
+import http.server
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,43 @@ def make_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeWheel:
         return f"toydata=={version}", hashlib.sha256(path.read_bytes()).hexdigest()
 
     return make
+
+
+@pytest.fixture
+def serve_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[int]]:
+    """with serve_wheel(send) as size: an index of the wheel that was made, sent by `send(handler, content)`."""
+
+    @contextmanager
+    def serve(send: Callable[[http.server.BaseHTTPRequestHandler, bytes], None]) -> Iterator[int]:
+        (path,) = (tmp_path / "links").glob("*.whl")
+        content = path.read_bytes()
+
+        class Index(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                wheel = self.path.endswith(".whl")
+                page = f"<a href='/{path.name}'>{path.name}</a>".encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/zip" if wheel else "text/html")
+                self.send_header("Content-Length", str(len(content) if wheel else len(page)))
+                self.end_headers()
+                if wheel:
+                    send(self, content)
+                else:
+                    self.wfile.write(page)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+        monkeypatch.setenv("PIP_NO_INDEX", "0")
+        monkeypatch.setenv("PIP_FIND_LINKS", "")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+            try:
+                yield len(content)
+            finally:
+                server.shutdown()
+
+    return serve

@@ -1,5 +1,11 @@
 """Against a real folder in huggingface_hub's own layout, without a network."""
 
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -80,3 +86,62 @@ def test_what_is_not_here_needs_a_network(snapshot: Path, source: dict[str, str]
 def test_a_pattern_that_matches_nothing(snapshot: Path) -> None:
     with pytest.raises(PolicyPatchError, match=r"m: .*\*\.csv"):
         fetch({"hub": "org/name", "file": "*.csv"}, "m")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Has one file of one repository; sends half of it and is gone while `breaks`."""
+
+    breaks = True
+    content = bytes(range(256)) * 1000
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.send_header("ETag", '"1234"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.send_header("ETag", '"1234"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if not self.breaks:
+            self.wfile.write(self.content[start:])
+            return
+        self.wfile.write(self.content[: len(self.content) // 2][start:])
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_network_that_goes_in_the_middle_of_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has come stays, and no half of it is taken for the file."""
+    program = (
+        "import sys, policypatch.files.sources as s\n"
+        "try: print(s.fetch({'hub': 'org/name', 'file': 'model.safetensors'}, 'model.source'))\n"
+        "except s.PolicyPatchError as error: sys.exit(f'error: {error}')"
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+        environment = os.environ | place | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+
+        def fetched() -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-c", program]
+            return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+        broken = fetched()
+        assert broken.returncode == 1
+        last = broken.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: model.source: cannot fetch 'model.safetensors' of org/name at main: ")
+        assert not list((tmp_path / "hub").rglob("snapshots/*/model.safetensors"))
+        monkeypatch.setattr(Hub, "breaks", False)
+        whole = fetched()
+        server.shutdown()
+    assert whole.returncode == 0, whole.stderr
+    assert Path(whole.stdout.strip()).read_bytes() == Hub.content

@@ -1,10 +1,11 @@
 import hashlib
 import http.server
 import logging
+import os
+import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -150,38 +151,39 @@ def test_an_interrupted_download_stops_pip_and_leaves_nothing(own_cache: Path, m
     assert not [p for p in own_cache.rglob("*") if p.is_file() and not p.name.endswith(".lock")]
 
 
+def half(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    """The network goes in the middle of it."""
+    handler.wfile.write(content[: len(content) // 2])
+    handler.wfile.flush()
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_network_that_goes_in_the_middle_of_a_download_is_told_and_nothing_is_kept(
+    make_wheel, serve_wheel, own_cache: Path
+) -> None:
+    spec, sha256 = make_wheel({"toydata/a.txt": os.urandom(300_000)})
+    source = {"wheel": spec, "sha256": sha256, "file": "toydata/a.txt"}
+    with serve_wheel(half), pytest.raises(PolicyPatchError, match=r"^s: toydata==1\.0 cannot be fetched: ") as caught:
+        fetch(source, "s")
+    assert "\n" not in str(caught.value) and "it has to be fetched once with a network" in str(caught.value)
+    assert not [path for path in own_cache.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    with serve_wheel(lambda handler, content: handler.wfile.write(content)):
+        assert fetch(source, "s").stat().st_size == 300_000
+
+
 def test_a_terminal_sees_the_download_grow(
-    make_wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_wheel, serve_wheel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From a slow index on this machine, since what pip does with its temporary files is pip's own affair."""
     spec, sha256 = make_wheel({"toydata/a.txt": b"x" * 600_000})
-    name = "toydata-1.0-py3-none-any.whl"
-    content = (tmp_path / "links" / name).read_bytes()
 
-    class SlowIndex(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            wheel = self.path.endswith(".whl")
-            page = f"<a href='/{name}'>{name}</a>".encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/zip" if wheel else "text/html")
-            self.send_header("Content-Length", str(len(content) if wheel else len(page)))
-            self.end_headers()
-            if not wheel:
-                self.wfile.write(page)
-                return
-            self.wfile.write(content[:400_000])
-            time.sleep(1)
-            self.wfile.write(content[400_000:])
-
-        def log_message(self, *arguments: object) -> None:
-            pass
+    def slowly(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+        handler.wfile.write(content[:400_000])
+        time.sleep(1)
+        handler.wfile.write(content[400_000:])
 
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_NO_INDEX", "0")
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     seen: list[int] = []
     update = wheels._Growth.update
 
@@ -190,13 +192,10 @@ def test_a_terminal_sees_the_download_grow(
         seen.append(sum(p.stat().st_size for p in growth.folder.rglob("*.whl")))
 
     monkeypatch.setattr(wheels._Growth, "update", watch)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowIndex) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+    with serve_wheel(slowly) as size:
         fetch({"wheel": spec, "sha256": sha256, "file": "toydata/a.txt"})
-        server.shutdown()
     shown = capsys.readouterr()
     assert "downloading toydata==1.0 with pip" in shown.err
     assert shown.out == ""
-    assert any(0 < size < len(content) for size in seen)
+    assert any(0 < seen_size < size for seen_size in seen)
     assert "kB" in shown.err

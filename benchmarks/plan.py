@@ -1,0 +1,204 @@
+"""Memory and time of a run on bases and machines that are not at hand, from a model of what a run does.
+
+    python -m benchmarks.plan            # the table of docs/scale.md
+    python -m benchmarks.plan --check    # what the model says of this machine and the default base, beside measurement
+
+What is counted: matrix products (forward, and backward to the input: no weight has a gradient), weights and keys and
+values read, weights collected from other ranks. What is not: loading, judges, the scorer of perplexity, Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from benchmarks.workload import Workload
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-like base.
+
+    Attributes:
+        width: D of the embeddings.
+        inner: of a layer's MLP.
+        keys: width of all keys of a token (less than D where heads share them).
+        tied: whether the head is the embedding matrix.
+    """
+
+    name: str
+    layers: int
+    width: int
+    inner: int
+    keys: int
+    vocabulary: int
+    tied: bool = False
+
+    @property
+    def layer(self) -> int:
+        """Weights of a layer: queries and output, keys and values, the gated MLP."""
+        return self.width * (2 * self.width + 2 * self.keys + 3 * self.inner)
+
+    @property
+    def whole(self) -> int:
+        """Weights outside of the layers."""
+        return self.vocabulary * self.width * (1 if self.tied else 2)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device does.
+
+    Attributes:
+        rate: operations a second of matrix products, as reached.
+        reads: bytes a second from its memory, as reached.
+        collects: bytes a second from other devices, as reached, within a machine and between machines.
+        memory: bytes.
+        number: bytes of a weight.
+    """
+
+    rate: float
+    reads: float
+    collects: tuple[float, float]
+    memory: float
+    number: int = 2
+
+
+# 989 Tflop/s, 3.35 TB/s, NVLink and 400 Gbit/s a GPU on paper; the shares reached are assumptions, not measurements.
+H100 = Machine(rate=0.4 * 989e12, reads=0.6 * 3.35e12, collects=(250e9, 40e9), memory=80e9)
+BASES = (
+    Shape("7B", 32, 4096, 11008, 4096, 32000),
+    Shape("13B", 40, 5120, 13824, 5120, 32000),
+    Shape("70B", 80, 8192, 28672, 1024, 32000),
+)
+SMOLLM2 = Shape("SmolLM2-135M", 30, 576, 1536, 192, 49152, tied=True)
+# The default toxicity run: prompts x samples for pairs; of three arms' evaluation; steps; rows decoded at once.
+PAIRS, EVALUATED, SFT_STEPS, DPO_STEPS, ROWS, NEW = 800 * 8, 3 * 250 * 8, 30, 200, 128, 20
+GPUS_OF_A_MACHINE = 8
+
+
+def activations(shape: Shape, number: int) -> int:
+    """Bytes a token leaves in a layer for the backward pass, frozen weights asking for nothing.
+
+    Two norms keep their input in float32; attention its queries, keys, values (heads that share them written out) and
+    output; the MLP its gate, what the activation makes of it, and what that is multiplied by.
+    """
+    return 2 * 4 * shape.width + number * (4 * shape.width + 3 * shape.inner)
+
+
+def weights(shape: Shape, machine: Machine, share: int) -> float:
+    """Bytes of the base that a rank holds, of which `share` ranks each have a part; two layers are there whole."""
+    held = shape.layers * shape.layer / share + (2 * shape.layer if share > 1 else 0)
+    return machine.number * (held + shape.whole)
+
+
+def step_memory(shape: Shape, machine: Machine, work: Workload, share: int = 1) -> float:
+    """Bytes of a DPO step: the base, what its tokens leave in the layers, and embeddings and states of all."""
+    tokens = work.patch + work.pairs * (work.prompt + 2 * work.completion)
+    return weights(shape, machine, share) + tokens * shape.layers * activations(shape, machine.number)
+
+
+def decoding_memory(shape: Shape, machine: Machine, work: Workload, share: int = 1) -> float:
+    """Bytes while `ROWS` completions are decoded: the base, keys and values, and their logits in float32."""
+    positions = work.patch + work.prompt + NEW
+    kept = ROWS * positions * shape.layers * 2 * shape.keys * machine.number
+    return weights(shape, machine, share) + kept + ROWS * shape.vocabulary * 4
+
+
+def collecting(shape: Shape, machine: Machine, share: int) -> float:
+    """Seconds in which a rank collects the layers that it has a share of."""
+    if share == 1:
+        return 0.0
+    speed = machine.collects[share > GPUS_OF_A_MACHINE]
+    return machine.number * shape.layers * shape.layer * (1 - 1 / share) / speed
+
+
+def step_seconds(shape: Shape, machine: Machine, work: Workload, completions: int, ranks: int, share: int = 1) -> float:
+    """Seconds of a step, of which every rank reads its rows and all the patch: products or collecting, the longer."""
+    rows = -(-work.pairs // ranks)
+    tokens = work.patch + rows * (work.prompt + completions * work.completion)
+    predicted = rows * completions * work.completion
+    operations = 4 * (tokens * shape.layers * shape.layer + predicted * shape.vocabulary * shape.width)
+    reads = 2 * weights(shape, machine, 1) / machine.reads
+    return max(operations / machine.rate, reads, 2 * collecting(shape, machine, share))
+
+
+def decoding_seconds(shape: Shape, machine: Machine, work: Workload, completions: int, ranks: int, share: int) -> float:
+    """Seconds in which `completions` of `NEW` tokens are drawn, a batch of `ROWS` on each rank after another."""
+    batches = -(-completions // (ROWS * ranks))
+    rows = min(ROWS, -(-completions // ranks))
+    operations = 2 * rows * (shape.layers * shape.layer + shape.vocabulary * shape.width)
+    positions = work.patch + work.prompt + NEW / 2
+    read = weights(shape, machine, 1) + rows * positions * shape.layers * 2 * shape.keys * machine.number
+    token = max(operations / machine.rate + read / machine.reads, collecting(shape, machine, share))
+    return batches * NEW * token
+
+
+def table() -> str:
+    """Of the three bases on 1, 8 and 64 GPUs, in Markdown."""
+    work = Workload()
+    lines = [
+        "| base | GPUs | trainer | GB a GPU, training | GB, decoding | pairs | SFT, DPO | evaluation | together |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for shape in BASES:
+        for gpus in (1, 8, 64):
+            fits = max(step_memory(shape, H100, work), decoding_memory(shape, H100, work)) < 0.9 * H100.memory
+            share = 1 if fits else gpus
+            needed = [f(shape, H100, work, share) for f in (step_memory, decoding_memory)]
+            memory = [f"{n / 1e9:.0f}" for n in needed]
+            name = {1: "gpu"}.get(gpus, "ddp") if fits else "fsdp"
+            if max(needed) > 0.9 * H100.memory:
+                lines.append(f"| {shape.name} | {gpus} | does not fit | {' | '.join(memory)} | | | | |")
+                continue
+            steps = [(SFT_STEPS, 1), (DPO_STEPS, 2)]
+            seconds = [
+                decoding_seconds(shape, H100, work, PAIRS, gpus, share),
+                sum(n * step_seconds(shape, H100, work, c, gpus, share) for n, c in steps),
+                decoding_seconds(shape, H100, work, EVALUATED, gpus, share),
+            ]
+            times = [duration(s) for s in [*seconds, sum(seconds)]]
+            lines.append(f"| {shape.name} | {gpus} | {name} | {' | '.join([*memory, *times])} |")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """For a table."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def check() -> str:
+    """The model of this machine and the default base, beside what was measured here and now."""
+    from benchmarks.bases import default_base
+    from benchmarks.floor import matmul_rate
+    from benchmarks.ours import Ours
+    from benchmarks.timing import in_turn, spread
+
+    work = Workload()
+    peaks = {
+        side: int(subprocess.check_output([sys.executable, "-m", "benchmarks.memory", "--side", side]).split()[-1])
+        for side in ("none", "ours")
+    }
+    base = default_base("float32")
+    machine = Machine(matmul_rate(base.model, 512, 100), float("inf"), (1.0, 1.0), 0, number=4)
+    seconds = spread(in_turn({"ours": Ours(base, work, "dpo").step}, 5)["ours"])
+    said = step_memory(SMOLLM2, machine, work) - weights(SMOLLM2, machine, 1)
+    return (
+        f"a DPO step of {SMOLLM2.name}, {work}:\n"
+        f"  activations  model {said / 1e6:.0f} MB, measured {(peaks['ours'] - peaks['none']) / 1e6:.0f} MB\n"
+        f"  time         model {step_seconds(SMOLLM2, machine, work, 2, 1):.2f} s at {machine.rate / 1e9:.0f} Gop/s, "
+        f"measured {seconds['median']:.2f} s ({seconds['min']:.2f} to {seconds['max']:.2f})"
+    )
+
+
+def main() -> None:
+    """Print one of both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    sys.stdout.write(f"{check() if parser.parse_args().check else table()}\n")
+
+
+if __name__ == "__main__":
+    main()
