@@ -10,16 +10,15 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
-import hydra
 import typer
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf.errors import OmegaConfBaseException
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from policypatch.commands import export, patch, serve
+from policypatch.commands import audit, export, patch, serve
+from policypatch.commands.base import composed
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate import judge_quality as quality
 from policypatch.files.atomic import write_json
@@ -110,7 +109,7 @@ def add(command: Callable[..., None], name: str | None = None) -> None:
     app.command(name)(sentence(command))
 
 
-for commands in (patch, export, serve):
+for commands in (patch, audit, export, serve):
     commands.register(add)
 
 
@@ -133,13 +132,8 @@ def measured(model: bool = True) -> dict[str, list[dict[str, Any]]]:
 def _made(overrides: list[str], where: str, names: tuple[str, ...] | list[str]) -> list[Any]:
     """Judges of conf/, in this order."""
     quiet_libraries()
-    if not CONF.is_dir():
-        raise PolicyPatchError(
-            f"there is no {CONF}: policypatch judges needs a checkout, installed with pip install -e ."
-        )
+    node: Any = composed(["risk=toxicity", *overrides])
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            node: Any = hydra.compose("config", overrides=["risk=toxicity", *overrides])
         for key in where.split("."):
             node = node[key]
         return [instantiate(node[name]) for name in names]
@@ -147,8 +141,6 @@ def _made(overrides: list[str], where: str, names: tuple[str, ...] | list[str]) 
         if isinstance(error.__cause__, PolicyPatchError):
             raise error.__cause__ from None
         raise PolicyPatchError(f"a judge of conf/ cannot be made: {error}") from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise PolicyPatchError(f"conf/ does not compose: {error}") from error
 
 
 def _show(tables: dict[str, list[dict[str, Any]]]) -> None:

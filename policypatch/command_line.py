@@ -58,7 +58,7 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
             if launcher is not None:
                 check_launcher(cfg.trainer, launcher)
     except (HydraException, OmegaConfBaseException) as error:
-        raise PolicyPatchError(_first_line(error)) from error
+        raise PolicyPatchError(first_line(error)) from error
     except yaml.YAMLError as error:
         raise PolicyPatchError(f"a file of conf/ is not valid YAML: {' '.join(str(error).split())}") from error
 
@@ -96,7 +96,7 @@ def _parse(arguments: Sequence[str]) -> list[Override]:
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         return parser.parse_overrides(list(arguments))
     except HydraException as error:
-        raise PolicyPatchError(f"the command line cannot be read: {_first_line(error)}") from error
+        raise PolicyPatchError(f"the command line cannot be read: {first_line(error)}") from error
 
 
 def _single_values(swept: Sequence[Override]) -> Iterator[list[str]]:
@@ -139,7 +139,7 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _keys(node, f"{prefix}{name}.")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Hydra's message in one sentence: what it says, and the options it lists."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if match := re.match(r"Could not override '([^']*)'", lines[0] if lines else ""):

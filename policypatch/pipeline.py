@@ -123,9 +123,10 @@ def _refuse_foreign_folder(folder: Path, resolved: Any) -> None:
 
 
 def _bound(config: Any, finished: bool) -> dict[str, Any]:
-    """The part of a config that a folder is bound to; where a run is logged never is."""
+    """The part of a config that a folder is bound to; where a run works and is logged never is."""
     free = ("logger",) if finished else ("logger", *AFTER_TRAINING)
     bound = {key: value for key, value in config.items() if key not in free}
+    bound["trainer"] = {"validate_every": config["trainer"]["validate_every"]}
     return bound if finished else bound | {f"evaluate.{key}": config["evaluate"].get(key) for key in PROMPTS}
 
 

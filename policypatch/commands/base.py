@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from policypatch.errors import PolicyPatchError
 from policypatch.home import CONF
 
 MODEL = "base: a folder, a GGUF file, a hub id, or a name of conf/model/"
@@ -16,6 +17,28 @@ class Register(Protocol):
 
     def __call__(self, command: Callable[..., None], name: str | None = None) -> None:
         """Add it."""
+
+
+def composed(overrides: list[str]) -> Any:
+    """The config that run.py would get.
+
+    Raises:
+        PolicyPatchError: this is no checkout, or the overrides do not compose.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from policypatch.command_line import check_overrides, first_line
+
+    if not CONF.is_dir():
+        raise PolicyPatchError(f"there is no {CONF}: this command needs a checkout, installed with pip install -e .")
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            check_overrides(overrides, multirun=False)
+            return hydra.compose("config", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise PolicyPatchError(f"conf/ does not compose: {first_line(error)}") from error
 
 
 def base_of(model: str, dtype: str = "auto") -> Any:

@@ -1,0 +1,179 @@
+"""`policypatch audit`: a patch measured again, on the customer's own base and prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from policypatch.commands.base import MODEL, Register, composed, model_config
+from policypatch.errors import PolicyPatchError
+from policypatch.home import CONF
+
+if TYPE_CHECKING:
+    from policypatch.evaluate.drift import Change
+
+console = Console(soft_wrap=True, highlight=False)
+MEASURED = ("prompts", "other_prompts", "k", "responses", "seed", "ppl_samples", "level", "resamples")
+SAMPLED = ("sampling", "response_sampling")
+
+
+def register(add: Register) -> None:
+    """Add the command."""
+    add(audit)
+
+
+def audit(
+    patches: Annotated[
+        list[Path], typer.Argument(help="a patch's folder, or several in the order in which they stand")
+    ],
+    model: Annotated[str, typer.Option(help=MODEL)],
+    risk: Annotated[str | None, typer.Option(help="a name of conf/risk/; that which the patch addresses")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="your own prompts (JSONL), in the place of the risk's")] = None,
+    field: Annotated[str, typer.Option(help="field of --prompts that holds the prompt")] = "prompt",
+    key: Annotated[Path | None, typer.Option(help="public key that must have signed every patch")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the report; outputs/audit/NAME-VERSION/DATE")] = None,
+    history: Annotated[Path | None, typer.Option(help="file that the figures are added to, drawn beside it")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, as run.py takes it")] = None,
+) -> None:
+    """Measure a patch as it was measured when it was made, and say what has changed since; exit status 1 if it has.
+
+    Judges, prompts and metrics are this checkout's (conf/), as many as the patch's manifest says; nothing of a manifest
+    but numbers is used. Where it has no such figure, as on prompts of your own, the first audit in --history is what
+    later ones are compared with.
+    """
+    from policypatch.evaluate.drift import changes
+    from policypatch.files.atomic import read_json
+    from policypatch.launch import start
+    from policypatch.patch.artifact import load
+    from policypatch.report import history as audits
+
+    loaded = [load(folder, require_signature=key) for folder in patches]
+    first = loaded[0].manifest
+    known = audits.read(history) if history is not None else []
+    overrides = [
+        f"risk={risk or _risk_of(first.risks)}",
+        *_measured_as(first.training),
+        *_own(prompts, field),
+        *_base(model),
+        "method=stack",
+        f"method.patches=[{','.join(_quoted(folder.absolute()) for folder in patches)}]",
+        *("logger=csv", "name=audit", "evaluate.after_sft=false", "evaluate.costs.prompts=[]"),
+        *(setting or []),
+    ]
+    cfg = composed(overrides)
+    now = datetime.now(UTC)
+    folder = out or Path("outputs", "audit", f"{first.name}-{first.version}", f"{now:%Y-%m-%d_%H-%M-%S}")
+    start(cfg, folder.absolute(), "", overrides)
+    rows = read_json(folder / "scorecard.json")
+    identity = [{"name": m.name, "version": m.version, "sha256": m.sha256} for m in (p.manifest for p in loaded)]
+    reference = _reference(first.scorecard if len(loaded) == 1 else [], known, identity)
+    found = {arm: changes(reference[arm], _of(rows, arm), cfg.evaluate.level) for arm in ("base", "patch")}
+    say(found, sum(len(_of(rows, arm)) for arm in found))
+    drifted = [change for arm in found.values() for change in arm if change.differs]
+    if history is not None:
+        kept = {"when": now.isoformat(timespec="seconds"), "patch": identity, "base": model, "risk": str(cfg.risk.name)}
+        audits.append(history, kept | {"drifted": len(drifted), "rows": rows, "report": str(folder / "report.html")})
+        console.print(f"{history} has {len(known) + 1} audits, drawn in {history.with_suffix('.svg')}", markup=False)
+    if drifted:
+        raise typer.Exit(1)
+
+
+def say(found: Mapping[str, Sequence[Change]], figures: int) -> None:
+    """What has changed, a line for each, and how many were compared."""
+    for arm, changes in found.items():
+        for change in changes:
+            if change.differs:
+                risk, split, metric, judge = change.place
+                by = f" by {judge}" if judge else ""
+                what = f"{arm}: {risk} {split} {metric}{by}"
+                console.print(
+                    f"! {what}: {change.then:.3g} -> {change.now:.3g} (p = {change.p_value:.2g})", markup=False
+                )
+    compared = sum(map(len, found.values()))
+    different = sum(change.differs for changes in found.values() for change in changes)
+    if compared:
+        console.print(f"{different or 'none'} of {compared} figures changed since", markup=False)
+    if compared < figures:
+        console.print(f"{figures - compared} figures have no earlier one to be compared with", markup=False)
+    if any(change.differs for change in found["base"]):
+        console.print(
+            "the base itself answers otherwise than it did: another version of it, or of a package", markup=False
+        )
+
+
+def _reference(
+    scorecard: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]], patch: Any
+) -> dict[str, list[Mapping[str, Any]]]:
+    """What today's figures are held against: the manifest's, and of those it has not the first audit's."""
+    from policypatch.evaluate.drift import place_of
+
+    audited: Sequence[Mapping[str, Any]] = next((entry["rows"] for entry in known if entry["patch"] == patch), [])
+    found = {}
+    for arm in ("base", "patch"):
+        of_manifest = _of(scorecard, arm)
+        there = {place_of(row) for row in of_manifest}
+        found[arm] = [*of_manifest, *(row for row in _of(audited, arm) if place_of(row) not in there)]
+    return found
+
+
+def _of(rows: Sequence[Mapping[str, Any]], arm: str) -> list[Mapping[str, Any]]:
+    """A scorecard's figures of the base, or of what it is about; without those of what it costs."""
+    from policypatch.evaluate.scorecard import COST
+    from policypatch.report.scorecard import final_arm
+
+    name = "base" if arm == "base" else final_arm(rows)
+    return [row for row in rows if row["arm"] == name and row["risk"] != COST]
+
+
+def _risk_of(risks: Sequence[str]) -> str:
+    """The first risk that conf/ knows."""
+    found = next((risk for risk in risks if (CONF / "risk" / f"{risk}.yaml").is_file()), None)
+    if found is None or found == "custom":
+        raise PolicyPatchError(
+            f"the patch addresses {', '.join(risks)}, which needs prompts and a judge: give --risk custom --set "
+            "risk.prompts=FILE --set 'risk.judge=...' (docs/custom.md)"
+        )
+    return found
+
+
+def _measured_as(training: Mapping[str, Any]) -> list[str]:
+    """How much was measured when the patch was made, numbers alone: a manifest may come from anyone."""
+    evaluate = training.get("evaluate")
+    if not isinstance(evaluate, dict):
+        return []
+    numbers = {f"evaluate.{key}": evaluate[key] for key in MEASURED if key in evaluate}
+    for key in SAMPLED:
+        if isinstance(evaluate.get(key), dict):
+            numbers |= {f"evaluate.{key}.{name}": value for name, value in evaluate[key].items() if name.isidentifier()}
+    return [f"{key}={json.dumps(value)}" for key, value in numbers.items() if isinstance(value, int | float | None)]
+
+
+def _own(prompts: Path | None, field: str) -> list[str]:
+    if prompts is None:
+        return []
+    if not prompts.is_file():
+        raise PolicyPatchError(f"there is no file {prompts}")
+    own = f"{{_target_:policypatch.data.prompts.PromptSet,source:{_quoted(prompts.absolute())},field:{_quoted(field)}}}"
+    return ["~risk.evaluation", f"+risk.evaluation={{own:{own}}}"]
+
+
+def _base(model: str) -> list[str]:
+    """The overrides for a base that a command line names."""
+    if (CONF / "model" / f"{model}.yaml").is_file():
+        return [f"model={model}"]
+    config = model_config(model)
+    source = "null" if config.source is None else f"{{hub:{_quoted(config.source.hub)}}}"
+    path = "null" if config.path is None else _quoted(Path(config.path).expanduser().absolute())
+    return [f"model.name={_quoted(config.name)}", f"model.path={path}", f"model.source={source}", "model.dtype=auto"]
+
+
+def _quoted(value: object) -> str:
+    """As Hydra's command line takes any text."""
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
