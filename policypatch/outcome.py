@@ -17,10 +17,11 @@ from policypatch.data.teachers import PairSet
 from policypatch.evaluate.scorecard import Scorecard
 from policypatch.files.atomic import read_json
 from policypatch.files.cache import counters
+from policypatch.methods import Method
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.patch import artifact
-from policypatch.patch.manifest import Manifest, Parent
+from policypatch.patch.manifest import Manifest
 from policypatch.patch.peft_layout import save_peft
 from policypatch.report.costs import cost_sentence
 from policypatch.report.headline import headline
@@ -34,7 +35,7 @@ def package(
     base: Base,
     arm: Arm,
     risk: str,
-    parents: list[Parent],
+    method: Method,
     pair_set: PairSet,
     scorecard: Scorecard,
     resolved: Any,
@@ -57,8 +58,8 @@ def package(
         sha256=artifact.digest(vectors),
         created=started.isoformat(timespec="seconds"),
         data_sha256=pair_set.sha256,
-        parents=parents,
-        training=_settings(resolved),
+        parents=method.parents,
+        training=_settings(resolved) | _company(method),
         scorecard=[asdict(row) for row in scorecard],
         packages={name: version(name) for name in PACKAGES},
     )
@@ -72,6 +73,11 @@ def package_measured(patch: artifact.Patch, scorecard: Scorecard, resolved: Any,
     rows = [asdict(row) for row in scorecard]
     manifest = replace(patch.manifest, scorecard=rows, training=_settings(resolved))
     artifact.save(artifact.Patch(patch.vectors, manifest), folder / "patch")
+
+
+def _company(method: Method) -> dict[str, Any]:
+    """The patches that training had beside it, by what they are: the settings have their folders alone."""
+    return {"companions": [asdict(companion) for companion in method.companions]} if method.companions else {}
 
 
 def _settings(resolved: Any) -> dict[str, Any]:

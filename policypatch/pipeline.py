@@ -85,7 +85,7 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
                 if pair_set is not None:
                     job.reads(folder / "pairs.jsonl", pair_set.counts)
                     with clock("package"):
-                        made = (ready.risk.name, ready.method.parents, pair_set, scorecard, resolved, started)
+                        made = (ready.risk.name, ready.method, pair_set, scorecard, resolved, started)
                         package(cfg, ready.base, arms[-1], *made, folder)
                 elif isinstance(ready.method, StackMethod) and not ready.method.patch.manifest.scorecard:
                     package_measured(ready.method.patch, scorecard, resolved, folder)

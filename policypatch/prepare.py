@@ -85,7 +85,7 @@ def prepare(cfg: DictConfig) -> Prepared:
         )
     plan = _plan(cfg)
     vectors = getattr(method, "length", 0)
-    check_context(cfg, base, risk, teacher, vectors)
+    check_context(cfg, base, risk, teacher, getattr(method, "longest", vectors))
     check_readings(cfg, own, others, plan, base, scorer, vectors)
     return Prepared(base, scorer, risk, teacher, method, own, others, plan)
 

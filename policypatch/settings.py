@@ -14,6 +14,7 @@ from policypatch.errors import Number, PolicyPatchError
 NUMBERS: dict[str, Number] = {
     "seed": Number(least=0, most=2**32 - 1, whole=True),
     "patch.length": Number(least=1, whole=True),
+    "patch.dropout": Number(least=0, most=1),
     "data.max_prompt_tokens": Number(least=1, whole=True),
     "data.max_completion_tokens": Number(least=1, whole=True),
     "data.held_out": Number(least=0, most=0.9),

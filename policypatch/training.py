@@ -56,7 +56,7 @@ def trained_arms(
     if cfg.sft.enabled:
         with clock("sft"):
             sft = SFTModule(backbone, optimisation(cfg.sft), _weights(cfg))
-            about = _about(cfg, "sft", base, pair_set)
+            about = _about(cfg, "sft", base, pair_set, method)
             _train(cfg, sft, _data(cfg, cfg.sft, examples, backbone, 1), about, pair_set, tracker, folder)
             arms.append(method.arm("sft", backbone))
     if cfg.dpo.enabled:
@@ -64,7 +64,7 @@ def trained_arms(
             reference = _reference(cfg, context, arms[-1], ready.teacher, pair_set, examples)
             preference = PreferenceSettings(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.label_smoothing)
             dpo = DPOModule(backbone, optimisation(cfg.dpo), preference, _weights(cfg))
-            about = _about(cfg, "dpo", base, pair_set) | {"reference_logprobs": digest(reference)}
+            about = _about(cfg, "dpo", base, pair_set, method) | {"reference_logprobs": digest(reference)}
             _train(cfg, dpo, _data(cfg, cfg.dpo, examples, backbone, 2, reference), about, pair_set, tracker, folder)
             arms.append(method.arm(method.name, backbone))
     return pair_set
@@ -142,7 +142,7 @@ def made_pairs(context: TeacherContext, own: list[Probe], teacher: Teacher) -> P
     return pair_set
 
 
-def _about(cfg: DictConfig, stage: str, base: Base, pair_set: PairSet) -> dict[str, Any]:
+def _about(cfg: DictConfig, stage: str, base: Base, pair_set: PairSet, method: Trained) -> dict[str, Any]:
     """What a stage depends on beside where its tensors begin."""
     read = (stage, "data", "kl", "texts", "balance", "seed", "row_tokens", "method")
     resolved = OmegaConf.to_container(cfg, resolve=True)
@@ -154,6 +154,7 @@ def _about(cfg: DictConfig, stage: str, base: Base, pair_set: PairSet) -> dict[s
         "accelerator": cfg.trainer.accelerator,
         "validate_every": cfg.trainer.validate_every,
         "pairs": pair_set.sha256,
+        "companions": [companion.sha256 for companion in method.companions],
     }
 
 

@@ -164,6 +164,31 @@ def test_every_initialisation_trains(init: str, go, tiny_base, tmp_path: Path):
     assert 0 < moved.abs().max() < 1
 
 
+def test_a_patch_is_trained_in_company_and_says_in_whose(go, tiny_base, tmp_path: Path):
+    """It is measured alone, and differs from one that was trained alone unless all companions are always left out."""
+    for start, name in ((4, "tox"), (20, "bias")):
+        artifact.save(patch_of(tiny_base, name, start), tmp_path / name)
+    folders = f"[{tmp_path / 'tox'},{tmp_path / 'bias'}]"
+    go("alone")
+    go("company", patch__companions=folders)
+    go("never", patch__companions=folders, patch__dropout=1.0)
+    alone, company, never = (artifact.load(tmp_path / name / "patch") for name in ("alone", "company", "never"))
+    assert [c["name"] for c in company.manifest.training["companions"]] == ["tox", "bias"]
+    assert company.manifest.training["companions"][0]["sha256"] == artifact.load(tmp_path / "tox").manifest.sha256
+    assert "companions" not in alone.manifest.training
+    assert company.vectors.shape == alone.vectors.shape
+    assert torch.equal(never.vectors, alone.vectors) and not torch.equal(company.vectors, alone.vectors)
+
+
+def test_companions_of_another_base_or_too_many_are_refused(go, tiny_base, tmp_path: Path):
+    other = replace(tiny_base.identity, weights="0" * 64)
+    artifact.save(patch_of(tiny_base, "foreign", 4, base=other), tmp_path / "foreign")
+    refused(go, "foreign", "weights", folder=tmp_path, patch__companions=f"[{tmp_path / 'foreign'}]")
+    artifact.save(patch_of(tiny_base, "long", 4, 300), tmp_path / "long")
+    words = ("patch and companions have", "context", "512")
+    refused(go, *words, folder=tmp_path, patch__companions=f"[{tmp_path / 'long'},{tmp_path / 'long'}]")
+
+
 def test_training_goes_on_from_another_patch(go, tiny_base, tmp_path: Path):
     parent = patch_of(tiny_base, "older", 10, 3, version="1.2.0")
     artifact.save(parent, tmp_path / "older")

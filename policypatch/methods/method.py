@@ -21,6 +21,7 @@ class Method:
     def __init__(self, name: str):
         self.name = name
         self.parents: list[Parent] = []  # patches that training goes on from
+        self.companions: list[Parent] = []  # patches that training has beside it
 
     def check(self, base: Base) -> None:
         """Refuse a base that the method cannot be used on, before anything costs time."""

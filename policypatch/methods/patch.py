@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +12,9 @@ from policypatch.methods.method import Trained
 from policypatch.model.arm import Arm
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
+from policypatch.model.company import CompanyBackbone
 from policypatch.patch import initialise
-from policypatch.patch.artifact import load
+from policypatch.patch.artifact import check_base, load
 from policypatch.patch.manifest import Parent
 
 
@@ -24,14 +25,35 @@ class PatchMethod(Trained):
         length: vectors.
         init: what they are before training: `kind` text (and `text`), vocab, random (and `scale`), or patch (and
             `folder`), whose training is then gone on with.
+        companions: folders of patches, random ones of which stand around it in training (`policypatch.model.company`).
+        dropout: probability that a companion is left out of a step.
+
+    Attributes:
+        longest: vectors before a prompt in training, with all companions there.
+
+    Raises:
+        PolicyPatchError: a companion does not load.
     """
 
-    def __init__(self, length: int, init: Mapping[str, Any], name: str = "patch"):
+    def __init__(
+        self,
+        length: int,
+        init: Mapping[str, Any],
+        name: str = "patch",
+        companions: Sequence[str] = (),
+        dropout: float = 0.5,
+    ):
         super().__init__(name)
-        self.length, self.init = length, init
+        self.length, self.init, self.dropout = length, init, dropout
+        self._beside = [load(folder) for folder in companions]
+        manifests = [patch.manifest for patch in self._beside]
+        self.companions = [Parent(m.name, m.version, m.sha256) for m in manifests]
+        self.longest = length + sum(m.length for m in manifests)
 
     def check(self, base: Base) -> None:
-        """Refuse a patch to go on from that is another base's or of another length."""
+        """Refuse a companion, or a patch to go on from, that is another base's, and the latter of another length."""
+        for patch in self._beside:
+            check_base(patch.manifest, base.identity, (), patch.manifest.name)
         if self.init["kind"] != "patch":
             return
         parent = load(self.init["folder"], base.identity)
@@ -56,7 +78,11 @@ class PatchMethod(Trained):
 
     def start(self, base: Base, seed: int, row_tokens: int) -> PrefixBackbone:
         """The base behind the vectors as they begin."""
-        return PrefixBackbone(base.model, self.vectors(base, seed), row_tokens)
+        vectors = self.vectors(base, seed)
+        if not self._beside:
+            return PrefixBackbone(base.model, vectors, row_tokens)
+        beside = [patch.vectors for patch in self._beside]
+        return CompanyBackbone(base.model, vectors, row_tokens, beside, self.dropout, seed)
 
     def arm(self, name: str, backbone: PrefixBackbone) -> Arm:
         """The vectors as they are now."""

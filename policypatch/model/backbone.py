@@ -70,6 +70,9 @@ class PrefixBackbone(nn.Module):
         """For as long as many forwards follow each other: whatever need not be done for each of them is done once."""
         return nullcontext()
 
+    def begin(self, step: int | None) -> None:
+        """A training step begins, None for what is none: a backbone that changes from step to step does so here."""
+
     def tree(self, items: list[Item]) -> Tree:
         """Pack items for this backbone, on its device."""
         count, width = self.patch.shape

@@ -146,6 +146,7 @@ class StageModule(L.LightningModule, ABC):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step; a loss that is not finite ends the run rather than poisoning the patch."""
+        self.backbone.begin(self.global_step)
         ours, figures = over_ranks(self.losses(batch), batch.counts)
         loss = figures[LOSS].value
         if not torch.isfinite(loss):
@@ -163,6 +164,7 @@ class StageModule(L.LightningModule, ABC):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same figures on held-out rows."""
+        self.backbone.begin(None)
         self._log("val", over_ranks(self.losses(batch), batch.counts)[1])
 
     def _log(self, split: str, figures: Mapping[str, Figure]) -> None:

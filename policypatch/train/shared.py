@@ -33,7 +33,16 @@ FIGURES = "metrics.csv"
 CODE = {  # what a training step goes through: another version of it is another training
     "policypatch.train": None,
     "policypatch.data": ("balance.py", "datamodule.py"),
-    "policypatch.model": ("backbone.py", "head.py", "lora.py", "packed.py", "parts.py", "tree.py"),
+    "policypatch.model": (
+        "backbone.py",
+        "company.py",
+        "head.py",
+        "lora.py",
+        "packed.py",
+        "parts.py",
+        "sharded.py",
+        "tree.py",
+    ),
 }
 PACKAGES = ("torch", "transformers", "lightning", "peft")
 
