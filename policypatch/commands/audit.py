@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from policypatch.commands.base import MODEL, Register, composed, model_config
+from policypatch.commands.base import MODEL, Register, base_overrides, composed, known_risk, quoted
 from policypatch.errors import PolicyPatchError
-from policypatch.home import CONF
 
 if TYPE_CHECKING:
     from policypatch.evaluate.drift import Change
@@ -57,12 +56,12 @@ def audit(
     first = loaded[0].manifest
     known = audits.read(history) if history is not None else []
     overrides = [
-        f"risk={risk or _risk_of(first.risks)}",
+        f"risk={risk or known_risk(first.risks)}",
         *_measured_as(first.training),
         *_own(prompts, field),
-        *_base(model),
+        *base_overrides(model),
         "method=stack",
-        f"method.patches=[{','.join(_quoted(folder.absolute()) for folder in patches)}]",
+        f"method.patches=[{','.join(quoted(folder.absolute()) for folder in patches)}]",
         *("logger=csv", "name=audit", "evaluate.after_sft=false", "evaluate.costs.prompts=[]"),
         *(setting or []),
     ]
@@ -131,17 +130,6 @@ def _of(rows: Sequence[Mapping[str, Any]], arm: str) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["arm"] == name and row["risk"] != COST]
 
 
-def _risk_of(risks: Sequence[str]) -> str:
-    """The first risk that conf/ knows."""
-    found = next((risk for risk in risks if (CONF / "risk" / f"{risk}.yaml").is_file()), None)
-    if found is None or found == "custom":
-        raise PolicyPatchError(
-            f"the patch addresses {', '.join(risks)}, which needs prompts and a judge: give --risk custom --set "
-            "risk.prompts=FILE --set 'risk.judge=...' (docs/custom.md)"
-        )
-    return found
-
-
 def _measured_as(training: Mapping[str, Any]) -> list[str]:
     """How much was measured when the patch was made, numbers alone: a manifest may come from anyone."""
     evaluate = training.get("evaluate")
@@ -159,21 +147,5 @@ def _own(prompts: Path | None, field: str) -> list[str]:
         return []
     if not prompts.is_file():
         raise PolicyPatchError(f"there is no file {prompts}")
-    own = f"{{_target_:policypatch.data.prompts.PromptSet,source:{_quoted(prompts.absolute())},field:{_quoted(field)}}}"
+    own = f"{{_target_:policypatch.data.prompts.PromptSet,source:{quoted(prompts.absolute())},field:{quoted(field)}}}"
     return ["~risk.evaluation", f"+risk.evaluation={{own:{own}}}"]
-
-
-def _base(model: str) -> list[str]:
-    """The overrides for a base that a command line names."""
-    if (CONF / "model" / f"{model}.yaml").is_file():
-        return [f"model={model}"]
-    config = model_config(model)
-    source = "null" if config.source is None else f"{{hub:{_quoted(config.source.hub)}}}"
-    path = "null" if config.path is None else _quoted(Path(config.path).expanduser().absolute())
-    return [f"model.name={_quoted(config.name)}", f"model.path={path}", f"model.source={source}", "model.dtype=auto"]
-
-
-def _quoted(value: object) -> str:
-    """As Hydra's command line takes any text."""
-    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,3 +71,30 @@ def model_config(model: str) -> Any:
     else:
         options["source"] = {"hub": model}
     return OmegaConf.create(options)
+
+
+def base_overrides(model: str) -> list[str]:
+    """The overrides for a base that a command line names."""
+    if (CONF / "model" / f"{model}.yaml").is_file():
+        return [f"model={model}"]
+    config = model_config(model)
+    source = "null" if config.source is None else f"{{hub:{quoted(config.source.hub)}}}"
+    path = "null" if config.path is None else quoted(Path(config.path).expanduser().absolute())
+    return [f"model.name={quoted(config.name)}", f"model.path={path}", f"model.source={source}", "model.dtype=auto"]
+
+
+def known_risk(risks: Sequence[str]) -> str:
+    """The first risk that conf/ knows."""
+    found = next((risk for risk in risks if (CONF / "risk" / f"{risk}.yaml").is_file()), None)
+    if found is None or found == "custom":
+        raise PolicyPatchError(
+            f"the patch addresses {', '.join(risks)}, which needs prompts and a judge: give --risk custom --set "
+            "risk.prompts=FILE --set 'risk.judge=...' (docs/custom.md)"
+        )
+    return found
+
+
+def quoted(value: object) -> str:
+    """As Hydra's command line takes any text."""
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

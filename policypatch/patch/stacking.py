@@ -16,7 +16,11 @@ NAME_LIMIT = 100  # characters, as the manifest's schema has it
 
 
 def stack(
-    patches: Sequence[Patch], name: str | None = None, version: str = "0.1.0", context: int | None = None
+    patches: Sequence[Patch],
+    name: str | None = None,
+    version: str = "0.1.0",
+    context: int | None = None,
+    alone: bool = False,
 ) -> Patch:
     """One patch that does what these do when they stand before the input in this order.
 
@@ -28,25 +32,19 @@ def stack(
         name: of the stack; the parts' names joined by default.
         version: of the stack.
         context: positions of the base, where known.
+        alone: one patch may be a stack, too.
 
     Returns:
         the stack, (sum of L_i, D).
 
     Raises:
-        PolicyPatchError: fewer than two patches, different bases or placements, a stack that leaves no room in the
+        PolicyPatchError: fewer than two patches, what `check_parts` refuses, a stack that leaves no room in the
             context, or a name or version that a manifest cannot have.
     """
-    if len(patches) < 2:
+    if len(patches) < (1 if alone else 2):
         raise PolicyPatchError(f"a stack needs two patches or more, not {len(patches)}")
+    check_parts(patches)
     first = patches[0].manifest
-    for other in (patch.manifest for patch in patches[1:]):
-        if differing := first.base.differences(other.base):
-            raise PolicyPatchError(
-                f"{first.name} was made for {first.base.id} and {other.name} for {other.base.id}, which differ in "
-                f"{', '.join(differing)}: stack patches of one base"
-            )
-        if other.placement != first.placement:
-            raise PolicyPatchError(f"{first.name} stands {first.placement} and {other.name} {other.placement}")
     vectors = torch.cat([patch.vectors for patch in patches])
     if context is not None and len(vectors) >= context:
         raise PolicyPatchError(
@@ -67,3 +65,31 @@ def stack(
     )
     manifest.to_json()  # a name or version of the user's own is checked here, not when it is saved
     return Patch(vectors, manifest)
+
+
+def check_parts(patches: Sequence[Patch]) -> None:
+    """Refuse patches that cannot stand together.
+
+    Raises:
+        PolicyPatchError: different bases or placements, or parents that lead back to where they came from, which no
+            history of patches can.
+    """
+    first = patches[0].manifest
+    for other in (patch.manifest for patch in patches[1:]):
+        if differing := first.base.differences(other.base):
+            raise PolicyPatchError(
+                f"{first.name} was made for {first.base.id} and {other.name} for {other.base.id}, which differ in "
+                f"{', '.join(differing)}: stack patches of one base"
+            )
+        if other.placement != first.placement:
+            raise PolicyPatchError(f"{first.name} stands {first.placement} and {other.name} {other.placement}")
+    known = {patch.manifest.sha256: patch.manifest for patch in patches}
+    for start in known.values():
+        seen, ahead = set(), [parent.sha256 for parent in start.parents]
+        while ahead:
+            digest_ahead = ahead.pop()
+            if digest_ahead == start.sha256:
+                raise PolicyPatchError(f"{start.name} is among its own parents: do not trust its manifest")
+            if digest_ahead in known and digest_ahead not in seen:
+                seen.add(digest_ahead)
+                ahead += [parent.sha256 for parent in known[digest_ahead].parents]

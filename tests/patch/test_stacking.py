@@ -11,8 +11,9 @@ from policypatch.cli import app
 from policypatch.errors import PolicyPatchError
 from policypatch.model.decode import sample
 from policypatch.model.sampling import Sampling
-from policypatch.patch.artifact import load, save
+from policypatch.patch.artifact import Patch, load, save
 from policypatch.patch.card import model_card
+from policypatch.patch.manifest import Parent
 from policypatch.patch.stacking import stack
 
 
@@ -90,3 +91,15 @@ def test_the_command(pair, tmp_path: Path):
     assert torch.equal(load(tmp_path / "both").vectors, (pair[0] + pair[1]).vectors)
     again = CliRunner().invoke(app, call)
     assert again.exit_code == 2 and "exists: choose another --out" in again.stderr
+
+
+def test_a_patch_that_is_among_its_own_parents_is_refused(pair):
+    a, b = pair
+    of_itself = Patch(a.vectors, replace(a.manifest, parents=[Parent("tox", "1.2.0", a.manifest.sha256)]))
+    with pytest.raises(PolicyPatchError, match="tox is among its own parents"):
+        stack([of_itself, b])
+    first = Patch(a.vectors, replace(a.manifest, parents=[Parent("bias", "1.2.0", b.manifest.sha256)]))
+    second = Patch(b.vectors, replace(b.manifest, parents=[Parent("tox", "1.2.0", a.manifest.sha256)]))
+    with pytest.raises(PolicyPatchError, match="tox is among its own parents"):
+        stack([first, second])
+    stack([first, b])  # a patch and what it came from may stand together

@@ -1,0 +1,165 @@
+"""`policypatch compose`: the stack that serves best, of the patches that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from policypatch.commands.base import MODEL, Register, base_overrides, composed, known_risk, quoted
+from policypatch.errors import PolicyPatchError
+
+if TYPE_CHECKING:
+    from policypatch.composition import Asked, Candidate
+    from policypatch.evaluate.measure import Measured
+    from policypatch.evaluate.probes import Bench
+    from policypatch.patch.artifact import Patch
+
+console = Console(soft_wrap=True, highlight=False)
+HEADLINES = {"toxicity": "toxic_rate", "gender_bias": "gas", "harmfulness": "asr", "custom": "hit_rate"}
+SHOWN = 8  # of the Pareto set
+
+
+def register(add: Register) -> None:
+    """Add the command."""
+    add(compose)
+
+
+def compose(
+    patches: Annotated[list[Path], typer.Argument(help="folders of patches for one base")],
+    model: Annotated[str, typer.Option(help=MODEL)],
+    out: Annotated[Path, typer.Option(help="folder of the stack")],
+    objective: Annotated[
+        list[str] | None, typer.Option(help="RISK.METRIC to be small; the patches' risks and utility.kl_benign")
+    ] = None,
+    budget: Annotated[int, typer.Option(help="candidates that are measured", min=1)] = 24,
+    scales: Annotated[bool, typer.Option(help="whether patches may be made weaker and stronger")] = True,
+    prompts: Annotated[int, typer.Option(help="of each set: half to choose by, half to report", min=4)] = 100,
+    name: Annotated[str | None, typer.Option(help="of the stack; the parts' names joined")] = None,
+    version: Annotated[str, typer.Option(help="of the stack")] = "0.1.0",
+    seed: Annotated[int, typer.Option(help="of the search")] = 0,
+    key: Annotated[Path | None, typer.Option(help="public key that must have signed every patch")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, as run.py takes it")] = None,
+) -> None:
+    """Search subset, order and strength of patches, and write the stack that serves best.
+
+    Candidates are measured on every second prompt, those that no other beats on the others as well. What is written has
+    the figures of those others, and says in its manifest how it was found.
+    """
+    try:
+        from policypatch import composition as search
+    except ModuleNotFoundError as error:
+        raise PolicyPatchError(f"policypatch compose needs {error.name}: pip install policypatch[sweeps]") from error
+    from policypatch.patch.artifact import Patch, load, save
+    from policypatch.patch.stacking import check_parts, stack
+
+    if out.exists():
+        raise PolicyPatchError(f"{out} exists: choose another --out")
+    parts = [load(folder, require_signature=key) for folder in patches]
+    check_parts(parts)
+    risks = list(dict.fromkeys(risk for part in parts for risk in part.manifest.risks))
+    aims = [search.Aim.read(text) for text in objective or _objectives(risks)]
+    bench, wanted = _bench(parts, patches, model, aims, prompts, risks, list(setting or []))
+    names = [str(aim) for aim in aims]
+
+    def figures(candidate: Candidate | None, which: int) -> list[Measured]:
+        vectors = None if candidate is None else candidate.vectors(parts)
+        label = "base" if candidate is None else candidate.named(parts)
+        return [one.measured(bench, vectors, label, which) for one in wanted]
+
+    def values(candidate: Candidate | None) -> tuple[float, ...]:
+        return tuple(float(of.metric.compute()) for of in figures(candidate, 0))
+
+    base = values(None)
+    tried = search.search(len(parts), values, len(aims), budget, seed, scales)
+    chosen = search.best(tried, base).candidate
+    front = sorted(search.pareto(tried), key=lambda one: one.values)
+    shown = [one for one in tried if one.candidate == chosen] + [one for one in front if one.candidate != chosen]
+    table = {"base": (base, figures(None, 1))}
+    table |= {one.candidate.named(parts): (one.values, figures(one.candidate, 1)) for one in shown[:SHOWN]}
+    _show(names, table, bench, chosen.named(parts))
+    found = {"objectives": names, "budget": budget, "seed": seed, "prompts": prompts}
+    found |= {"order": [parts[i].manifest.name for i in chosen.order], "scales": list(chosen.scales)}
+    found |= {"tried": [{"candidate": one.candidate.named(parts), "values": list(one.values)} for one in tried]}
+    scaled = [Patch(s * parts[i].vectors, parts[i].manifest) for i, s in zip(chosen.order, chosen.scales, strict=True)]
+    made = stack(scaled, name, version, alone=True)
+    rows = _rows(wanted, table["base"][1], table[chosen.named(parts)][1], bench)
+    save(Patch(made.vectors, replace(made.manifest, training={"composition": found}, scorecard=rows)), out)
+    console.print(f"{out}: {chosen.named(parts)}, {made.manifest.length} vectors", markup=False)
+
+
+def _objectives(risks: Sequence[str]) -> list[str]:
+    return [f"{risk}.{HEADLINES[risk]}" for risk in risks if risk in HEADLINES] + ["utility.kl_benign"]
+
+
+def _bench(
+    parts: Sequence[Patch],
+    folders: Sequence[Path],
+    model: str,
+    aims: Sequence[Any],
+    prompts: int,
+    risks: Sequence[str],
+    setting: list[str],
+) -> tuple[Bench, list[Asked]]:
+    """The base, and what answers each aim."""
+    from policypatch.composition import asked
+    from policypatch.evaluate.measure import Settings
+    from policypatch.evaluate.probes import Bench
+    from policypatch.logs import quiet_libraries
+    from policypatch.prepare import prepare
+
+    quiet_libraries()
+    cfg = composed(
+        [
+            f"risk={known_risk(risks)}",
+            *base_overrides(model),
+            "method=stack",  # refuses patches of another base, and stacks that do not fit
+            f"method.patches=[{','.join(quoted(folder.absolute()) for folder in folders)}]",
+            *(f"evaluate.{key}={prompts}" for key in ("prompts", "other_prompts")),
+            *("logger=csv", "scorer=base", "evaluate.costs.prompts=[]"),
+            *setting,
+        ]
+    )
+    ready = prepare(cfg)
+    settings = Settings(cfg.evaluate.level, cfg.evaluate.resamples)
+    filters = {judge for group in (cfg.risk, *cfg.others.values()) for judge in group.get("filter") or ()}
+    probes = [*ready.own, *ready.others]
+    return Bench(ready.base, ready.scorer, cfg.scorer.name, ready.plan, settings), [
+        asked(aim, probes, sorted(filters)) for aim in aims
+    ]
+
+
+def _show(names: Sequence[str], table: dict[str, Any], bench: Bench, chosen: str) -> None:
+    settings = bench.settings
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    shown.add_column("stack", overflow="fold")
+    for name in names:
+        shown.add_column(Text(name), overflow="fold")
+    for label, (values, measured) in table.items():
+        cells = []
+        for value, of in zip(values, measured, strict=True):
+            low, high = of.metric.interval(settings.level, settings.resamples, settings.seed)
+            cells.append(Text(f"{value:.3g} / {float(of.metric.compute()):.3g} [{low:.2g}, {high:.2g}]"))
+        shown.add_row(Text(label + (" *" if label == chosen else "")), *cells)
+    Console(width=max(80, Console().width)).print(shown)
+    console.print("by the prompts chosen by / by others [interval]; * is written", markup=False)
+
+
+def _rows(
+    wanted: Sequence[Asked], base: Sequence[Measured], stack: Sequence[Measured], bench: Bench
+) -> list[dict[str, Any]]:
+    """Scorecard rows of base and stack on the prompts that did not choose it."""
+    from policypatch.evaluate.measure import rows_of
+
+    rows = []
+    for one, of_base, of_stack in zip(wanted, base, stack, strict=True):
+        arms = {"base": [of_base], "stack": [of_stack]}
+        rows += [asdict(row) for row in rows_of(arms, one.aim.risk, one.probes[1].split, (), bench.settings)]
+    return rows
