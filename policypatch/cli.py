@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from policypatch.commands import audit, compose, export, patch, serve
+from policypatch.commands import audit, compose, export, patch, rebase, serve, squash
 from policypatch.commands.base import composed
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate import judge_quality as quality
@@ -109,7 +109,7 @@ def add(command: Callable[..., None], name: str | None = None) -> None:
     app.command(name)(sentence(command))
 
 
-for commands in (patch, audit, compose, export, serve):
+for commands in (patch, compose, squash, rebase, audit, export, serve):
     commands.register(add)
 
 

@@ -1,0 +1,148 @@
+"""`policypatch squash`: a stack distilled into one shorter patch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from policypatch.commands.base import MODEL, Register, base_overrides, composed, known_risk, quoted
+from policypatch.errors import PolicyPatchError
+
+console = Console(soft_wrap=True, highlight=False)
+ARM = "squashed"
+
+
+def register(add: Register) -> None:
+    """Add the command."""
+    add(squash)
+
+
+def squash(
+    patches: Annotated[list[Path], typer.Argument(help="a stack's folder, or several patches' in their order")],
+    model: Annotated[str, typer.Option(help=MODEL)],
+    out: Annotated[Path, typer.Option(help="folder of the patch")],
+    length: Annotated[int, typer.Option(help="vectors of the patch")] = 50,
+    steps: Annotated[int, typer.Option(help="optimiser steps", min=1)] = 200,
+    lr: Annotated[float, typer.Option(help="peak learning rate")] = 1e-2,
+    batch_size: Annotated[int, typer.Option(help="rows a step", min=1)] = 8,
+    prompts: Annotated[int, typer.Option(help="of each risk, and as many benign ones", min=1)] = 200,
+    name: Annotated[str | None, typer.Option(help="of the patch; the stack's with -squashed")] = None,
+    version: Annotated[str, typer.Option(help="of the patch")] = "0.1.0",
+    seed: Annotated[int, typer.Option(help="of what is written and of the order of rows")] = 0,
+    key: Annotated[Path | None, typer.Option(help="public key that must have signed the stack")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, as run.py takes it")] = None,
+) -> None:
+    """Train a patch of fewer vectors to do what a stack does, and measure both.
+
+    It learns the next-token distributions of the base behind the stack, on what that writes to the training prompts and
+    the benign prompts of all of the stack's risks. A command that was interrupted goes on where it stopped.
+    """
+    from policypatch.evaluate.arms import evaluate_arms
+    from policypatch.evaluate.measure import Settings
+    from policypatch.evaluate.probes import Bench
+    from policypatch.files.cache import content_key
+    from policypatch.logs import quiet_libraries
+    from policypatch.model.arm import Arm
+    from policypatch.patch.artifact import load, save
+    from policypatch.patch.stacking import stack as stacked
+    from policypatch.prepare import prepare
+    from policypatch.report.table import scorecard_table
+    from policypatch.squash import examples, shortened, squashed
+
+    if out.exists():
+        raise PolicyPatchError(f"{out} exists: choose another --out")
+    loaded = [load(folder, require_signature=key) for folder in patches]
+    whole = loaded[0] if len(loaded) == 1 else stacked(loaded)
+    shortened(whole.vectors, length)  # a length that is none ends the command here
+    risks = whole.manifest.risks
+    quiet_libraries()
+    asked = {"steps": steps, "lr": lr, "batch_size": batch_size}
+    cfg = composed(
+        [
+            f"risk={known_risk(risks)}",
+            *base_overrides(model),
+            "method=stack",
+            f"method.patches=[{','.join(quoted(folder.absolute()) for folder in patches)}]",
+            *(f"sft.{name}={value}" for name, value in asked.items()),
+            *("logger=csv", "evaluate.costs.prompts=[]", f"seed={seed}"),
+            *(setting or []),
+        ]
+    )
+    ready = prepare(cfg)
+    stack, plan = whole.vectors, ready.plan
+    rows = examples(ready.base, stack, _prompts(cfg, ready.risk, risks, prompts), plan.sampling, seed, plan.decode_rows)
+    about = {"stack": whole.manifest.sha256, "length": length, "stage": asked, "seed": seed, "prompts": prompts}
+    work = Path(
+        "outputs", "squash", f"{whole.manifest.name}-{content_key(base=asdict(ready.base.identity), **about)[:12]}"
+    )
+    vectors = squashed(ready.base, stack, length, rows, cfg.sft, cfg.trainer, work, seed, cfg.row_tokens)
+    bench = Bench(ready.base, ready.scorer, cfg.scorer.name, plan, Settings(cfg.evaluate.level, cfg.evaluate.resamples))
+    arms = [Arm("base"), Arm("stack", vectors=stack), Arm(ARM, vectors=vectors)]
+    card = [asdict(row) for row in evaluate_arms(bench, [*ready.own, *ready.others], [], (), arms, work)]
+    training = {"squash": about | {"rows": len(rows)}}
+    save(_made(whole, vectors, name or f"{whole.manifest.name}-squashed", version, training, card), out)
+    Console().print(scorecard_table(card, cfg.evaluate.level))
+    for line in kept(card):
+        console.print(line, markup=False)
+    console.print(f"{out}: {len(stack)} vectors -> {length}; figures and checkpoints in {work}", markup=False)
+
+
+def kept(card: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What share of the stack's reduction of each risk the shorter patch has, a line for each figure."""
+    from policypatch.evaluate.drift import place_of
+    from policypatch.report.metrics import METRICS, is_risk
+
+    by_arm = {arm: {place_of(row): row["value"] for row in card if row["arm"] == arm} for arm in ("base", "stack", ARM)}
+    lines = []
+    for place, base in by_arm["base"].items():
+        metric = METRICS.get(place[2])
+        if metric is None or not is_risk(place[2]) or metric.better != "lower":
+            continue
+        gain, ours = base - by_arm["stack"][place], base - by_arm[ARM][place]
+        if gain > 0:
+            what = " ".join(part for part in place if part)
+            lines.append(f"{what}: keeps {ours / gain:.0%} of the stack's reduction ({gain:.3g})")
+    return lines
+
+
+def _prompts(cfg: Any, own: Any, risks: Sequence[str], most: int) -> list[Any]:
+    """Of each of the stack's risks its training prompts and its benign ones, by the form that they have."""
+    from policypatch.prepare import made
+
+    found = []
+    for name in risks:
+        if name != own.name and name not in cfg.others:
+            continue
+        risk = own if name == own.name else made(cfg.others[name], f"others.{name}")
+        found += [(risk.form, texts[:most]) for texts in (risk.training_prompts, risk.benign_prompts) if texts]
+    return found
+
+
+def _made(
+    whole: Any, vectors: Any, name: str, version: str, training: dict[str, Any], card: list[dict[str, Any]]
+) -> Any:
+    """The patch as an artifact, the stack its parent."""
+    from dataclasses import replace
+
+    from policypatch.patch.artifact import Patch, digest
+    from policypatch.patch.manifest import Parent
+
+    of = whole.manifest
+    manifest = replace(
+        of,
+        name=name,
+        version=version,
+        length=len(vectors),
+        sha256=digest(vectors),
+        parents=[Parent(of.name, of.version, of.sha256)],
+        training=training,
+        scorecard=card,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    return Patch(vectors, manifest)

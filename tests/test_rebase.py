@@ -1,0 +1,153 @@
+"""A patch carried to another base: the map, and the command for a fine-tuned base and for one of another width."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import overrides, patch_of
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from policypatch.cli import app
+from policypatch.errors import PolicyPatchError
+from policypatch.model.base import Base
+from policypatch.patch.artifact import load, save
+from policypatch.rebase import carried, fitted, shared_tokens
+
+
+def test_a_linear_relation_is_found_whatever_the_widths():
+    random = torch.Generator().manual_seed(0)
+    old, turn = torch.randn(200, 8, generator=random), torch.randn(8, 5, generator=random)
+    torch.testing.assert_close(fitted(old, old @ turn).float(), turn, rtol=1e-3, atol=1e-3)
+
+
+def with_embedding(base: Base, weight: torch.Tensor) -> Base:
+    """A base that says its embeddings are these."""
+
+    class Embedding:
+        embed_scale = None
+
+    embedding = Embedding()
+    embedding.weight = weight
+
+    class Model:
+        def get_input_embeddings(self):
+            return embedding
+
+    return replace(base, model=Model())
+
+
+def test_vectors_go_where_the_map_of_shared_tokens_takes_them(tiny_base: Base):
+    """A base whose embeddings are turned: an embedding of the old one becomes that token's of the new one."""
+    weight = tiny_base.embedding.float()
+    turn = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))[0]
+    new = with_embedding(tiny_base, weight @ turn)
+    over = carried(weight[4:8], tiny_base, new)
+    assert over.shared == 300 and over.explained > 0.99
+    torch.testing.assert_close(over.vectors, (weight @ turn)[4:8], rtol=1e-2, atol=1e-2)
+
+
+def test_a_map_that_explains_nothing_says_so(tiny_base: Base):
+    random = torch.randn(300, 64, generator=torch.Generator().manual_seed(2))
+    assert carried(tiny_base.embedding[4:8].float(), tiny_base, with_embedding(tiny_base, random)).explained < 0.1
+
+
+def test_bases_that_share_no_token_are_refused(tiny_base: Base):
+    class Other:
+        def get_vocab(self):
+            return {"none of them": 3}
+
+    with pytest.raises(PolicyPatchError, match="share no token"):
+        shared_tokens(tiny_base, replace(tiny_base, tokenizer=Other()))
+
+
+@pytest.fixture
+def rebase(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """rebase(new base's folder, *options): of the patch in tmp_path / "tox"."""
+    monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    left = ("model.", "patch.", "risk=", "others=", "logger", "trainer=", "evaluate.costs")
+    settings = [o for o in overrides(tiny_base_folder, tmp_path) if not o.startswith(left)]
+    settings += ["others=none", "model.dtype=float32", "trainer.validate_every=2"]
+
+    def call(new: Path, *options: object):
+        chosen = [word for setting in settings for word in ("--set", setting)]
+        given = ["rebase", str(tmp_path / "tox"), "--from", str(tiny_base_folder), "--to", str(new), *map(str, options)]
+        return CliRunner().invoke(app, [*given, *chosen], env={"COLUMNS": "100"})
+
+    return call
+
+
+def of_another_width(folder: Path, tiny_base_folder: Path) -> Path:
+    shutil.copytree(tiny_base_folder, folder)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def fine_tuned(folder: Path, tiny_base_folder: Path) -> Path:
+    shutil.copytree(tiny_base_folder, folder)
+    model = LlamaForCausalLM.from_pretrained(tiny_base_folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01 * parameter.std())
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_to_a_fine_tuned_base_in_all_three_ways(rebase, tiny_base: Base, tiny_base_folder: Path, tmp_path: Path):
+    rows = [
+        {"risk": "toxicity", "split": "rtp", "metric": "toxic_rate", "judge": "svm", "low": 0, "high": 1, "n": 8}
+        | {"arm": arm, "value": value}
+        for arm, value in (("base", 0.9), ("patch", 0.4))
+    ]
+    given = save(patch_of(tiny_base, "tox", 4, scorecard=rows), tmp_path / "tox")
+    result = rebase(fine_tuned(tmp_path / "new", tiny_base_folder), "--out", tmp_path / "carried", "--share", 0.5)
+    assert result.exit_code == 0, result.output
+    for way in ("as it stands", "mapped", "tuned"):
+        assert f"toxic_rate by svm, {way}: " in result.stdout
+    assert "300 tokens in common" in result.stdout and "on its own base: 0.9 -> 0.4" in result.stdout
+    made = load(tmp_path / "carried")
+    assert made.manifest.base != tiny_base.identity and made.manifest.name == "tox"
+    assert [parent.sha256 for parent in made.manifest.parents] == [load(given).manifest.sha256]
+    told = made.manifest.training["rebase"]
+    assert told["kept"] in ("as it stands", "mapped", "tuned") and told["from"]["weights"] == tiny_base.identity.weights
+    figures = {
+        row["arm"]: row["value"]
+        for row in made.manifest.scorecard
+        if (row["metric"], row["judge"]) == ("toxic_rate", "svm")
+    }
+    assert figures[told["kept"]] == min(value for arm, value in figures.items() if arm != "base")
+    assert f"toxic_rate by svm, {told['kept']}: {figures['base']:.3g} -> {figures[told['kept']]:.3g} *" in result.stdout
+
+
+def test_to_a_base_of_another_width(rebase, tiny_base: Base, tiny_base_folder: Path, tmp_path: Path):
+    save(patch_of(tiny_base, "tox", 4), tmp_path / "tox")
+    new = of_another_width(tmp_path / "narrow", tiny_base_folder)
+    result = rebase(new, "--out", tmp_path / "carried", "--share", 0)
+    assert result.exit_code == 0, result.output
+    made = load(tmp_path / "carried")
+    assert made.vectors.shape == (4, 32) and made.manifest.width == 32
+    assert "as it stands" not in result.stdout and "tuned" not in result.stdout
+
+
+def test_what_cannot_be_carried_is_told(rebase, tiny_base: Base, tiny_base_folder: Path, tmp_path: Path):
+    other = replace(tiny_base.identity, weights="0" * 64)
+    save(patch_of(tiny_base, "tox", 4, base=other), tmp_path / "tox")
+    told = rebase(tiny_base_folder, "--out", tmp_path / "carried")
+    assert told.exit_code == 2 and "differs in weights" in told.stderr
+    wrong = rebase(tiny_base_folder, "--out", tmp_path / "carried", "--share", 2)
+    assert wrong.exit_code == 2 and "--share is 2" in wrong.stderr

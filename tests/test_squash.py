@@ -1,0 +1,135 @@
+"""A stack distilled into a shorter patch: what it learns from, that it comes nearer, and what the command leaves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_run import composed, overrides, patch_of, texts
+from typer.testing import CliRunner
+
+from policypatch.cli import app
+from policypatch.commands.squash import kept
+from policypatch.errors import PolicyPatchError
+from policypatch.model.backbone import plain_logits
+from policypatch.model.base import Base
+from policypatch.model.form import CHAT, PLAIN
+from policypatch.model.sampling import Sampling
+from policypatch.patch.artifact import load, save
+from policypatch.squash import StackBackbone, examples, shortened, squashed
+
+SAMPLING = Sampling(max_new_tokens=8)
+
+
+@pytest.fixture
+def stack(tiny_base: Base) -> torch.Tensor:
+    return torch.cat([tiny_base.embedding[4:8], tiny_base.embedding[20:24]]).float() * 3
+
+
+def test_it_begins_with_vectors_of_the_stack_in_their_order():
+    """Of 8 the middles of halves are 2 and 6, of quarters 1, 3, 5, 7."""
+    stack = torch.arange(8.0)[:, None]
+    assert shortened(stack, 2).flatten().tolist() == [2, 6]
+    assert shortened(stack, 4).flatten().tolist() == [1, 3, 5, 7]
+    assert shortened(stack, 7).flatten().tolist() == [0, 1, 2, 4, 5, 6, 7]
+    for length in (0, 8, 9):
+        with pytest.raises(PolicyPatchError, match=f"--length is {length}.*less than the stack's 8"):
+            shortened(stack, length)
+
+
+def test_the_anchor_is_the_base_behind_the_stack(tiny_base: Base, stack):
+    backbone = StackBackbone(tiny_base.model, stack[:3], 512, stack)
+    rows = examples(tiny_base, stack, [(PLAIN, texts(3)), (CHAT, texts(2, 50))], SAMPLING, 0, 32)
+    assert len(rows) == 5 and all(len(row.item.completions) == 1 for row in rows)
+    tree = backbone.tree([row.item for row in rows])
+    with torch.no_grad():
+        found = backbone.divergence(tree)
+        for number, row in enumerate(rows):
+            prompt, completion = list(row.item.prompt), list(row.item.completions[0])
+            ours, theirs = (
+                plain_logits(tiny_base.model, vectors, prompt, completion).log_softmax(-1)
+                for vectors in (stack[:3], stack)
+            )
+            by_hand = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+            assert found[number].item() == pytest.approx(by_hand.item(), rel=1e-3, abs=1e-5)
+        same = StackBackbone(tiny_base.model, stack, 512, stack)
+        assert same.divergence(tree).abs().max() < 1e-5
+
+
+def test_training_comes_nearer_to_the_stack_and_goes_on_where_it_stopped(tiny_base: Base, stack, tmp_path: Path):
+    rows = examples(tiny_base, stack, [(PLAIN, texts(20))], SAMPLING, 0, 32)
+    cfg = composed(["sft.steps=40", "sft.lr=0.05", "sft.batch_size=8"])
+
+    def apart(vectors: torch.Tensor) -> float:
+        backbone = StackBackbone(tiny_base.model, vectors, 512, stack)
+        with torch.no_grad():
+            return backbone.divergence(backbone.tree([row.item for row in rows])).mean().item()
+
+    def train(folder: str, steps: int | None = None) -> torch.Tensor:
+        stage = cfg.sft if steps is None else OmegaConf.merge(cfg.sft, {"steps": steps})
+        return squashed(tiny_base, stack, 3, rows, stage, cfg.trainer, tmp_path / folder, 0, 512)
+
+    made = train("a")
+    assert apart(made) < 0.7 * apart(shortened(stack, 3))
+    assert torch.equal(train("a"), made)  # it is done already
+    assert (tmp_path / "a" / "checkpoints" / "squash" / "last.ckpt").exists()
+
+
+def test_what_is_kept_is_a_share_of_what_the_stack_gained():
+    place = {"risk": "toxicity", "split": "rtp", "judge": "svm"}
+    card = [
+        place | {"arm": arm, "metric": metric, "value": value}
+        for metric, values in {"amt": (0.5, 0.1, 0.2), "ppl_median": (9, 3, 3), "toxic_rate": (0.1, 0.2, 0.0)}.items()
+        for arm, value in zip(("base", "stack", "squashed"), values, strict=True)
+    ]
+    assert kept(card) == ["toxicity rtp amt svm: keeps 75% of the stack's reduction (0.4)"]
+
+
+@pytest.fixture
+def squash(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    left = (
+        "model.",
+        "patch.",
+        "sft.steps",
+        "teacher.",
+        "dpo.",
+        "logger",
+        "trainer=",
+        "seed",
+        "risk=",
+        "evaluate.costs",
+    )
+    settings = [o for o in overrides(tiny_base_folder, tmp_path, others="all") if not o.startswith(left)]
+    settings += ["model.dtype=float32"]
+
+    def call(*arguments: object):
+        chosen = [word for setting in settings for word in ("--set", setting)]
+        return CliRunner().invoke(app, ["squash", *map(str, arguments), "--model", str(tiny_base_folder), *chosen])
+
+    return call
+
+
+def test_the_command_leaves_a_patch_with_the_stacks_figures_beside_its_own(squash, tiny_base: Base, tmp_path: Path):
+    save(patch_of(tiny_base, "tox", 4), tmp_path / "tox")
+    save(patch_of(tiny_base, "safe", 20, risks=["harmfulness"]), tmp_path / "safe")
+    result = squash(tmp_path / "tox", tmp_path / "safe", "--out", tmp_path / "short", "--length", 3, "--steps", 4)
+    assert result.exit_code == 0, result.output
+    made = load(tmp_path / "short", tiny_base.identity)
+    assert made.vectors.shape == (3, tiny_base.width)
+    assert made.manifest.name == "tox_safe-squashed" and made.manifest.risks == ["toxicity", "harmfulness"]
+    assert [parent.name for parent in made.manifest.parents] == ["tox_safe"]
+    assert made.manifest.training["squash"]["rows"] > 20  # 12 toxicity prompts, 8 requests, 6 benign ones
+    arms = {(row["arm"], row["risk"]) for row in made.manifest.scorecard}
+    assert {
+        (arm, risk) for arm in ("base", "stack", "squashed") for risk in ("toxicity", "harmfulness", "utility")
+    } <= arms
+
+
+def test_what_cannot_be_squashed_is_told(squash, tiny_base: Base, tmp_path: Path):
+    save(patch_of(tiny_base, "tox", 4), tmp_path / "tox")
+    long = squash(tmp_path / "tox", "--out", tmp_path / "short", "--length", 4)
+    assert long.exit_code == 2 and "--length is 4" in long.stderr and long.stderr.count("\n") == 1
+    there = squash(tmp_path / "tox", "--out", tmp_path / "tox")
+    assert there.exit_code == 2 and "choose another --out" in there.stderr
