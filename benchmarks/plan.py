@@ -55,6 +55,7 @@ class Machine:
         rate: operations a second of matrix products, as reached.
         reads: bytes a second from its memory, as reached.
         collects: bytes a second from other devices, as reached, within a machine and between machines.
+        call: seconds that Python takes to ask a device for a layer's forward, while which it may have nothing to do.
         memory: bytes.
         number: bytes of a weight.
     """
@@ -63,11 +64,13 @@ class Machine:
     reads: float
     collects: tuple[float, float]
     memory: float
+    call: float
     number: int = 2
 
 
 # 989 Tflop/s, 3.35 TB/s, NVLink and 400 Gbit/s a GPU on paper; the shares reached are assumptions, not measurements.
-H100 = Machine(rate=0.4 * 989e12, reads=0.6 * 3.35e12, collects=(250e9, 40e9), memory=80e9)
+# A layer's call: measured with layers that have next to nothing to do (--check), on a CPU.
+H100 = Machine(rate=0.4 * 989e12, reads=0.6 * 3.35e12, collects=(250e9, 40e9), memory=80e9, call=0.5e-3)
 BASES = (
     Shape("7B", 32, 4096, 11008, 4096, 32000),
     Shape("13B", 40, 5120, 13824, 5120, 32000),
@@ -122,7 +125,8 @@ def step_seconds(shape: Shape, machine: Machine, work: Workload, completions: in
     predicted = rows * completions * work.completion
     operations = 4 * (tokens * shape.layers * shape.layer + predicted * shape.vocabulary * shape.width)
     reads = 2 * weights(shape, machine, 1) / machine.reads
-    return max(operations / machine.rate, reads, 2 * collecting(shape, machine, share))
+    calls = 3 * shape.layers * machine.call  # backward, by what one sees, as two forwards
+    return max(operations / machine.rate, reads, calls, 2 * collecting(shape, machine, share))
 
 
 def decoding_seconds(shape: Shape, machine: Machine, work: Workload, completions: int, ranks: int, share: int) -> float:
@@ -132,7 +136,8 @@ def decoding_seconds(shape: Shape, machine: Machine, work: Workload, completions
     operations = 2 * rows * (shape.layers * shape.layer + shape.vocabulary * shape.width)
     positions = work.patch + work.prompt + NEW / 2
     read = weights(shape, machine, 1) + rows * positions * shape.layers * 2 * shape.keys * machine.number
-    token = max(operations / machine.rate + read / machine.reads, collecting(shape, machine, share))
+    work_of_a_token = operations / machine.rate + read / machine.reads
+    token = max(work_of_a_token, shape.layers * machine.call, collecting(shape, machine, share))
     return batches * NEW * token
 
 
@@ -182,15 +187,32 @@ def check() -> str:
         for side in ("none", "ours")
     }
     base = default_base("float32")
-    machine = Machine(matmul_rate(base.model, 512, 100), float("inf"), (1.0, 1.0), 0, number=4)
+    call = call_of_a_layer()
+    machine = Machine(matmul_rate(base.model, 512, 100), float("inf"), (1.0, 1.0), 0, call, number=4)
     seconds = spread(in_turn({"ours": Ours(base, work, "dpo").step}, 5)["ours"])
     said = step_memory(SMOLLM2, machine, work) - weights(SMOLLM2, machine, 1)
     return (
         f"a DPO step of {SMOLLM2.name}, {work}:\n"
         f"  activations  model {said / 1e6:.0f} MB, measured {(peaks['ours'] - peaks['none']) / 1e6:.0f} MB\n"
         f"  time         model {step_seconds(SMOLLM2, machine, work, 2, 1):.2f} s at {machine.rate / 1e9:.0f} Gop/s, "
-        f"measured {seconds['median']:.2f} s ({seconds['min']:.2f} to {seconds['max']:.2f})"
+        f"measured {seconds['median']:.2f} s ({seconds['min']:.2f} to {seconds['max']:.2f})\n"
+        f"  a layer's call {call * 1e3:.2f} ms"
     )
+
+
+def call_of_a_layer() -> float:
+    """Seconds of a layer's forward on one token where the layer is so narrow that nothing but its call takes time."""
+    import torch
+    from transformers import LlamaConfig, LlamaModel
+
+    from benchmarks.timing import timed
+
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=30, num_attention_heads=1
+    )
+    model, token = LlamaModel(config).eval(), torch.zeros(1, 1, dtype=torch.long)
+    with torch.inference_mode():
+        return min(timed(lambda: model(token)) for _ in range(20)) / config.num_hidden_layers
 
 
 def main() -> None:
