@@ -99,7 +99,7 @@ def search(
     seed: int,
     scaled: bool = True,
 ) -> list[Tried]:
-    """Measure `budget` candidates: those made by hand first, then what Optuna's TPE makes of all figures so far.
+    """Measure up to `budget` candidates: those made by hand first, then what Optuna's TPE makes of all figures so far.
 
     Args:
         count: patches.
@@ -110,9 +110,7 @@ def search(
         scaled: whether strengths are searched as well.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=0, multivariate=True, warn_independent_sampling=False
-    )
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0, multivariate=True)
     study = optuna.create_study(directions=["minimize"] * aims, sampler=sampler)
     for candidate in hand_made(count)[:budget]:
         study.enqueue_trial(_as_parameters(candidate, count, scaled))
@@ -124,7 +122,7 @@ def search(
             tried[candidate] = Tried(candidate, measure(candidate))
         return tried[candidate].values
 
-    for _ in range(10 * budget):  # a candidate that comes up again costs nothing, and is none of the budget
+    for _ in range(3 * budget):  # a candidate that comes up again costs nothing, and is none of the budget
         if len(tried) >= budget:
             break
         study.optimize(objective, n_trials=1)

@@ -32,8 +32,8 @@ def test_a_search_tries_what_a_hand_would_and_then_finds_better():
         right_order = candidate.order == (1, 0)
         return (abs(strength.get(1, 0) - 0.7) + abs(strength.get(0, 0) - 1.2) + (not right_order),)
 
-    tried = search(2, measure, 1, 60, seed=0)
-    assert len(tried) == 60 == len({one.candidate for one in tried})
+    tried = search(2, measure, 1, 50, seed=0)
+    assert 25 <= len(tried) == len({one.candidate for one in tried}) <= 50
     assert [one.candidate for one in tried[:4]] == hand_made(2)
     hand = min(one.values[0] for one in tried[:4])
     assert hand == pytest.approx(0.5)

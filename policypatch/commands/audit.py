@@ -58,7 +58,6 @@ def audit(
     overrides = [
         f"risk={risk or known_risk(first.risks)}",
         *_measured_as(first.training),
-        *_own(prompts, field),
         *base_overrides(model),
         "method=stack",
         f"method.patches=[{','.join(quoted(folder.absolute()) for folder in patches)}]",
@@ -66,6 +65,9 @@ def audit(
         *(setting or []),
     ]
     cfg = composed(overrides)
+    if prompts is not None:
+        overrides += _own(cfg, prompts, field)
+        cfg = composed(overrides)
     now = datetime.now(UTC)
     folder = out or Path("outputs", "audit", f"{first.name}-{first.version}", f"{now:%Y-%m-%d_%H-%M-%S}")
     start(cfg, folder.absolute(), "", overrides)
@@ -142,10 +144,12 @@ def _measured_as(training: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in numbers.items() if isinstance(value, int | float | None)]
 
 
-def _own(prompts: Path | None, field: str) -> list[str]:
-    if prompts is None:
-        return []
+def _own(cfg: Any, prompts: Path, field: str) -> list[str]:
+    """The overrides that put prompts in the place of the risk's sets."""
     if not prompts.is_file():
         raise PolicyPatchError(f"there is no file {prompts}")
+    sets = cfg.risk.get("evaluation")
+    if sets is None:
+        raise PolicyPatchError(f"the risk {cfg.risk.name} has no sets to replace: give --set risk.prompts=FILE instead")
     own = f"{{_target_:policypatch.data.prompts.PromptSet,source:{quoted(prompts.absolute())},field:{quoted(field)}}}"
-    return ["~risk.evaluation", f"+risk.evaluation={{own:{own}}}"]
+    return [*(f"risk.evaluation.{name}=null" for name in sets), f"+risk.evaluation.own={own}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,8 +67,8 @@ def model_config(model: str) -> Any:
         return OmegaConf.load(known)
     options: dict[str, Any] = {"name": model, "source": None, "path": None, "dtype": "auto", "device": "auto"}
     options |= {"attention": "sdpa", "quantize": None}
-    if Path(model).expanduser().exists():
-        options["path"] = model
+    if (place := Path(model).expanduser()).exists():
+        options |= {"path": model, "name": place.resolve().name}
     else:
         options["source"] = {"hub": model}
     return OmegaConf.create(options)
@@ -80,7 +81,8 @@ def base_overrides(model: str) -> list[str]:
     config = model_config(model)
     source = "null" if config.source is None else f"{{hub:{quoted(config.source.hub)}}}"
     path = "null" if config.path is None else quoted(Path(config.path).expanduser().absolute())
-    return [f"model.name={quoted(config.name)}", f"model.path={path}", f"model.source={source}", "model.dtype=auto"]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name)
+    return [f"model.name={quoted(name)}", f"model.path={path}", f"model.source={source}", "model.dtype=auto"]
 
 
 def known_risk(risks: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.dates import DateFormatter
 from matplotlib.figure import Figure
 
 from policypatch.errors import PolicyPatchError
@@ -86,8 +86,9 @@ def _panel(axes: Any, place: Place, entries: Sequence[Mapping[str, Any]]) -> Non
     axes.set_title(f"{metric_label(metric)}, {readable(risk)}\n{readable(split)}" + (f" by {judge}" if judge else ""))
     axes.title.set_fontsize(9)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(AutoDateLocator(maxticks=4))
-    axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
+    days = sorted({datetime.fromisoformat(entry["when"]) for entry in entries})
+    axes.set_xticks([days[0], days[-1]] if len(days) > 1 else days)
+    axes.xaxis.set_major_formatter(DateFormatter("%Y-%m-%d"))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

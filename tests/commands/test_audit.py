@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from tiny_run import overrides, patch_of, write_prompts
+from tiny_run import overrides, patch_of, without_costs, write_prompts
 from typer.testing import CliRunner
 
 from policypatch.cli import app
@@ -19,9 +19,7 @@ def audit(tiny_base: Base, tiny_base_folder: Path, tmp_path: Path, monkeypatch: 
     """audit(patch's folder, *options) -> the command's result; the risk's prompts and judges are tiny ones."""
     monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path / "cache"))
     own = ("risk.", "~risk", "+risk", "scorer", "others")
-    settings = [
-        o for o in overrides(tiny_base_folder, tmp_path) if o.startswith(own) and not o.startswith("risk.filter")
-    ]
+    settings = [o for o in overrides(tiny_base_folder, tmp_path) if o.startswith(own)]
     settings += ["model.dtype=float32", "decode_rows=32"]
 
     def call(folder: Path, *options: object):
@@ -49,7 +47,7 @@ def with_scorecard(folder: Path, rows: list[dict], out: Path) -> Path:
 def test_measured_again_it_is_the_same_and_a_patch_that_was_better_is_an_alarm(audit, patch: Path, tmp_path: Path):
     first = audit(patch, "--out", tmp_path / "first")
     assert first.exit_code == 0, first.output
-    card = Scorecard.load(tmp_path / "first" / "scorecard.json")
+    card = without_costs(Scorecard.load(tmp_path / "first" / "scorecard.json"))
     config = (tmp_path / "first" / "config.yaml").read_text()
     assert "k: 3" in config and "seed: 7" in config and "level: 0.9" in config and "os.system" not in config
     assert f"{len(card)} figures have no earlier one" in first.stdout
