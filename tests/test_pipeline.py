@@ -184,7 +184,7 @@ def test_companions_of_another_base_or_too_many_are_refused(go, tiny_base, tmp_p
     other = replace(tiny_base.identity, weights="0" * 64)
     artifact.save(patch_of(tiny_base, "foreign", 4, base=other), tmp_path / "foreign")
     refused(go, "foreign", "weights", folder=tmp_path, patch__companions=f"[{tmp_path / 'foreign'}]")
-    artifact.save(patch_of(tiny_base, "long", 4, 300), tmp_path / "long")
+    artifact.save(patch_of(tiny_base, "long", 4, 290), tmp_path / "long")
     words = ("patch and companions have", "context", "512")
     refused(go, *words, folder=tmp_path, patch__companions=f"[{tmp_path / 'long'},{tmp_path / 'long'}]")
 

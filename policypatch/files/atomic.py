@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from policypatch import ranks
 from policypatch.errors import PolicyPatchError
-from policypatch.files.disk import say_if_full
+from policypatch.files.disk import written
 
 BOM = b"\xef\xbb\xbf"  # some editors put it in front
 TEMPORARY = ".tmp-"
@@ -52,14 +52,11 @@ def atomic_path(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(target)
     try:
-        yield temporary
-        _fsync(temporary)
-        temporary.replace(target)
-        _fsync(target.parent)
-    except Exception as error:
-        if not isinstance(error, OSError):
-            say_if_full(target.parent, error)
-        raise
+        with written(target):
+            yield temporary
+            _fsync(temporary)
+            temporary.replace(target)
+            _fsync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -80,13 +77,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     temporary = temporary_name(target)
     temporary.mkdir()
     try:
-        yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _fsync(Path(folder, name))
-            _fsync(Path(folder))
-        _move_over(temporary, target)
-        _fsync(target.parent)
+        with written(target):
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    _fsync(Path(folder, name))
+                _fsync(Path(folder))
+            _move_over(temporary, target)
+            _fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

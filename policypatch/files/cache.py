@@ -263,7 +263,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def _writable(folder: Path) -> Iterator[None]:
     """Make the entry's parent, and tell a full or forbidden disk in a sentence."""
     refuse_closed(folder.parent, "the cache (POLICYPATCH_CACHE)")
-    with told(folder, "free some space, or set POLICYPATCH_CACHE to another folder"):
+    with told(folder.parent, "free some space, or set POLICYPATCH_CACHE to another folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         yield
 

@@ -20,7 +20,7 @@ def told(place: Path, remedy: str) -> Iterator[None]:
     """Within the block, tell a full disk and one that may not be written as a user's affair.
 
     Args:
-        place: what is written.
+        place: the folder that is written to; an error about a file elsewhere passes.
         remedy: what to do, a clause.
 
     Raises:
@@ -29,10 +29,13 @@ def told(place: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        name = error.filename2 or error.filename  # of a copy the second is what was written
+        if name is not None and not Path(os.fsdecode(name)).is_relative_to(place):
+            raise
         if error.errno in FULL:
             raise PolicyPatchError(f"no room left on the disk of {place}: {remedy}") from error
         if error.errno in CLOSED:
-            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+            what = f"{name}: {error.strerror}" if name else error.strerror
             raise PolicyPatchError(f"cannot write {place} ({what}): {remedy}") from error
         raise
 
@@ -51,13 +54,31 @@ def refuse_closed(folder: Path, key: str) -> None:
         raise PolicyPatchError(f"{key} is {folder}, and {nearest} cannot be written: choose another folder")
 
 
-def say_if_full(folder: Path, error: Exception) -> None:
-    """Raise OSError where a writer failed because the disk is full, which libraries tell in words of their own."""
+@contextmanager
+def written(target: Path) -> Iterator[None]:
+    """Within the block, a writer of `target` that fails because the disk is full raises OSError, with its name.
+
+    Libraries tell it in words of their own, and the system does not say which file it was.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            error.filename = str(target)
+        raise
+    except Exception as error:
+        if os.strerror(errno.ENOSPC) in str(error) or _is_full(target.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+        raise
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether there is no room for a small file."""
     probe = folder / f".probe-{os.getpid()}"
     try:
         probe.write_bytes(bytes(PROBE))
-    except OSError as found:
-        if found.errno in FULL:
-            raise found from error
+    except OSError as error:
+        return error.errno in FULL
     finally:
         probe.unlink(missing_ok=True)
+    return False
