@@ -12,6 +12,7 @@ from policypatch.model.base import Base
 from policypatch.model.load import load_base
 
 sys.path.insert(0, str(ROOT))
+from benchmarks import plan
 from benchmarks.decoding import overhead, sampling
 from benchmarks.figure import draw_growth
 from benchmarks.floor import operations
@@ -72,3 +73,31 @@ def test_growth_is_drawn(tmp_path: Path):
     sizes = {size: {"seconds": spread, "floor_s": 0.4} for size in ("1", "10")}
     draw_growth({"pairs": sizes, "patch": sizes}, tmp_path / "growth.svg")
     assert ET.parse(tmp_path / "growth.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [("7B", 6_738_415_616), ("13B", 13_015_864_320), ("70B", 68_976_648_192), ("SmolLM2-135M", 134_515_008)],
+)
+def test_the_plan_knows_the_bases_but_for_their_norms(shape: str, parameters: int):
+    of = next(s for s in (*plan.BASES, plan.SMOLLM2) if s.name == shape)
+    norms = (2 * of.layers + 1) * of.width
+    assert of.layers * of.layer + of.whole + norms == parameters
+
+
+def test_the_plan_of_a_small_run_by_hand():
+    """Two layers of width 4 (keys 2, inner 8): 4 x (8 + 4 + 24) = 144 weights each, 10 words untied: 80 more."""
+    of = plan.Shape("tiny", 2, 4, 8, 2, 10)
+    machine = plan.Machine(rate=100.0, reads=1e9, collects=(10.0, 1.0), memory=1e9, call=0.0)
+    work = Workload(pairs=2, prompt=3, completion=5, patch=4)
+    assert (of.layer, of.whole) == (144, 80)
+    assert plan.weights(of, machine, 1) == 2 * (288 + 80)
+    assert plan.weights(of, machine, 2) == 2 * (144 + 288 + 80)  # its half, and two layers whole
+    # 4 + 2 x 13 = 30 tokens leave 2 x 4 x 4 + 2 x (16 + 24) = 112 bytes in each of two layers.
+    assert plan.step_memory(of, machine, work) == 2 * 368 + 30 * 2 * 112
+    # 4 x (30 x 288 + 20 x 40) operations; on two ranks 4 x ((4 + 13) x 288 + 10 x 40), or collecting both ways.
+    assert plan.step_seconds(of, machine, work, 2, 1) == pytest.approx(4 * (30 * 288 + 20 * 40) / 100)
+    assert plan.step_seconds(of, machine, work, 2, 2) == pytest.approx(4 * (17 * 288 + 10 * 40) / 100)
+    assert plan.collecting(of, machine, 2) == pytest.approx(2 * 288 / 2 / 10)
+    assert plan.collecting(of, machine, 16) == pytest.approx(2 * 288 * 15 / 16 / 1)
+    assert plan.collecting(of, machine, 1) == 0
