@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -86,6 +87,8 @@ PATTERNS = {
 
 
 ABSENT: Any = object()
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")  # names of environment variables that hold one
+SECRET_LENGTH = 12  # shorter values are no keys, and stand in texts by chance
 
 
 def check(cfg: DictConfig) -> None:
@@ -96,6 +99,7 @@ def check(cfg: DictConfig) -> None:
     """
     if missing := OmegaConf.missing_keys(cfg):
         raise PolicyPatchError(f"{sorted(missing)[0]} is not set: give it a value on the command line")
+    _refuse_secrets(cfg)
     for key, number in NUMBERS.items():
         number.check(key, OmegaConf.select(cfg, key))
     for key, number in OPTIONAL_NUMBERS.items():
@@ -139,6 +143,31 @@ def check(cfg: DictConfig) -> None:
         )
     for key, kind in _sections(cfg).items():
         _check_section(cfg, key, kind)
+
+
+def _refuse_secrets(cfg: DictConfig) -> None:
+    """Refuse what is secret in the environment as a value, which files, logs and manifests would hold for all."""
+    named = {name: value for name, value in os.environ.items() if SECRET.search(name)}
+    known = {value: name for name, value in named.items() if len(value) >= SECRET_LENGTH}
+    for key, value in _leaves(OmegaConf.to_container(cfg, resolve=True)):
+        for secret, name in known.items():
+            if secret in value:
+                raise PolicyPatchError(
+                    f"{key} holds what the environment variable {name} keeps secret, and a run writes its config down: "
+                    "leave it out, as whatever needs it reads the variable itself"
+                )
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The texts of a container, each with its key."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _leaves(value, key)
+    elif isinstance(node, str):
+        yield key, node
 
 
 def _check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:

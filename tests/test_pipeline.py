@@ -365,3 +365,14 @@ def test_a_report_can_be_written_again(go, tmp_path: Path):
     first = (tmp_path / "run" / "report.html").read_text()
     (tmp_path / "run" / "report.html").unlink()
     assert write_report(tmp_path / "run").read_text() == first
+
+
+def test_no_secret_of_the_environment_is_written_anywhere(go, tmp_path: Path, monkeypatch, caplog):
+    secrets = {name: f"{name.lower()}-7f3a91c5" for name in ("WANDB_API_KEY", "HF_TOKEN", "PERSPECTIVE_API_KEY")}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    go()
+    texts = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(texts) > 30
+    for value in secrets.values():
+        assert not any(value.encode() in text for text in texts) and value not in caplog.text

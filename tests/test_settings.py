@@ -310,3 +310,12 @@ def test_folder_names_of_a_sweep_hold_what_varies_and_no_paths():
 def test_long_command_lines_keep_names_short():
     fixed = [f"{stage}.{key}=3" for stage in ("sft", "dpo") for key in ("steps", "batch_size", "lr", "clip", "warmup")]
     assert left_out_of_names(["patch.length=2,3", *fixed])[2:] == [line.split("=")[0] for line in fixed]
+
+
+def test_a_secret_of_the_environment_is_no_value(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijkl")
+    monkeypatch.setenv("SHORT_KEY", "text")  # no key, and a value of init.kind
+    check_overrides(["init=text"])
+    for override in ("prompt.text='with ${oc.env:HF_TOKEN}'", "judge_model.name=hf_abcdefghijkl"):
+        told = refusal(override)
+        assert "holds what the environment variable HF_TOKEN keeps" in told and "abcdefghijkl" not in told
