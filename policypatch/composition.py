@@ -46,9 +46,11 @@ class Candidate:
         return torch.cat(parts)
 
     def named(self, patches: Sequence[Patch]) -> str:
-        """For a table: tox + 0.8 bias."""
+        """For a table: tox + 0.8 bias; patches of one name by their numbers as well."""
+        names = [patch.manifest.name for patch in patches]
+        told = [name if names.count(name) == 1 else f"{name}#{i}" for i, name in enumerate(names, 1)]
         strengths = ["" if scale == 1 else f"{scale:.2g} " for scale in self.scales]
-        return " + ".join(f"{s}{patches[i].manifest.name}" for i, s in zip(self.order, strengths, strict=True))
+        return " + ".join(f"{s}{told[i]}" for i, s in zip(self.order, strengths, strict=True))
 
 
 @dataclass(frozen=True)

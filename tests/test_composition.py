@@ -64,6 +64,7 @@ def test_vectors_stand_in_their_order_and_strength(tiny_base: Base):
     expected = torch.cat([0.5 * patches[1].vectors, patches[0].vectors])
     assert torch.equal(candidate.vectors(patches), expected)
     assert candidate.named(patches) == "0.5 bias + tox"
+    assert candidate.named([patches[0], patches[0]]) == "0.5 tox#2 + tox#1"
 
 
 @pytest.mark.parametrize(
