@@ -22,7 +22,7 @@ demo: $(READY)
 
 # A process for each core, at most four: one imports torch, and a tiny model leaves a second thread nothing to do.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 slow: $(READY)
 	$(BIN)/pytest -m slow

@@ -226,6 +226,6 @@ def test_what_is_computed_again_is_the_same_and_not_kept(tiny_llama, vectors, ro
 def test_layers_that_cannot_be_computed_again(tiny_llama, vectors, monkeypatch):
     backbone = PrefixBackbone(tiny_llama, vectors)
     backbone.recompute = True
-    monkeypatch.setattr("policypatch.model.packed.GradientCheckpointingLayer", torch.nn.Bilinear)
+    monkeypatch.setattr("policypatch.model.parts.GradientCheckpointingLayer", torch.nn.Bilinear)
     with pytest.raises(PolicyPatchError, match=r"trainer\.recompute: LlamaForCausalLM has no layers"):
         loss_and_gradient(backbone, ITEMS)
