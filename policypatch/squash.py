@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from policypatch.data.datamodule import Batch, Example, PairData
 from policypatch.errors import PolicyPatchError
@@ -17,7 +16,7 @@ from policypatch.model.base import Base
 from policypatch.model.completions import complete
 from policypatch.model.form import Form
 from policypatch.model.sampling import Sampling
-from policypatch.model.tree import Item, Tree
+from policypatch.model.tree import Item
 from policypatch.train.figures import Figure, with_loss
 from policypatch.train.module import StageModule
 from policypatch.train.stage import optimisation, run_stage
@@ -25,31 +24,13 @@ from policypatch.train.stage import optimisation, run_stage
 STAGE = "squash"
 
 
-class StackBackbone(PrefixBackbone):
-    """A patch whose anchor is not the base alone but the base behind a stack.
+class SquashModule(StageModule):
+    """Mean KL(stack || patch) per token of what the base writes behind the stack (Hinton et al. 2015, with T = 1).
 
-    Args:
-        model, vectors, max_row_tokens: see `PrefixBackbone`.
-        stack: (S, D) what the patch is to be like.
+    The stack is the backbone's anchor.
     """
 
-    def __init__(self, model: PreTrainedModel, vectors: Tensor, max_row_tokens: int, stack: Tensor):
-        super().__init__(model, vectors, max_row_tokens)
-        self._stack = stack.detach().float()  # no part of a checkpoint
-
-    def base_hidden(self, tree: Tree) -> Tensor:
-        """Last hidden states behind the stack: (N, D)."""
-        return self._hidden(tree, self._stack.to(self.patch.device))
-
-
-class SquashModule(StageModule):
-    """Mean KL(stack || patch) per token of what the base writes behind the stack (Hinton et al. 2015, with T = 1)."""
-
     stage = STAGE
-
-    def objective(self, batch: Batch, logprobs: Tensor) -> dict[str, Figure]:
-        """Not asked: the loss needs no log-probability of a single token."""
-        raise NotImplementedError
 
     def losses(self, batch: Batch) -> Mapping[str, Figure]:
         """The figures of a batch."""
@@ -118,7 +99,8 @@ def squashed(
         seed: of the order of rows.
         row_tokens: see `build_tree`.
     """
-    backbone = StackBackbone(base.model, shortened(stack, length), row_tokens, stack)
+    backbone = PrefixBackbone(base.model, shortened(stack, length), row_tokens)
+    backbone.anchor = stack
     backbone.recompute = trainer.recompute
     module = SquashModule(backbone, optimisation(stage))
     data = PairData(rows, stage.batch_size, stage.steps, seed, 1, backbone.tree, held_out=0.1)

@@ -33,7 +33,8 @@ from policypatch.prepare import Prepared
 from policypatch.progress import Clock
 from policypatch.report.tracking import Tracker
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
-from policypatch.train.module import StageModule, Weights
+from policypatch.train.module import StageModule
+from policypatch.train.pair_stage import Weights
 from policypatch.train.sft_module import SFTModule
 from policypatch.train.shared import trained_once
 from policypatch.train.stage import optimisation, run_stage

@@ -11,14 +11,21 @@ from typer.testing import CliRunner
 from policypatch.cli import app
 from policypatch.commands.squash import kept
 from policypatch.errors import PolicyPatchError
-from policypatch.model.backbone import plain_logits
+from policypatch.model.backbone import PrefixBackbone, plain_logits
 from policypatch.model.base import Base
 from policypatch.model.form import CHAT, PLAIN
 from policypatch.model.sampling import Sampling
 from policypatch.patch.artifact import load, save
-from policypatch.squash import StackBackbone, examples, shortened, squashed
+from policypatch.squash import examples, shortened, squashed
 
 SAMPLING = Sampling(max_new_tokens=8)
+
+
+def behind(stack: torch.Tensor, base: Base, vectors: torch.Tensor) -> PrefixBackbone:
+    """A patch that is compared with the base behind the stack."""
+    backbone = PrefixBackbone(base.model, vectors)
+    backbone.anchor = stack
+    return backbone
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def test_it_begins_with_vectors_of_the_stack_in_their_order():
 
 
 def test_the_anchor_is_the_base_behind_the_stack(tiny_base: Base, stack):
-    backbone = StackBackbone(tiny_base.model, stack[:3], 512, stack)
+    backbone = behind(stack, tiny_base, stack[:3])
     rows = examples(tiny_base, stack, [(PLAIN, texts(3)), (CHAT, texts(2, 50))], SAMPLING, 0, 32)
     assert len(rows) == 5 and all(len(row.item.completions) == 1 for row in rows)
     tree = backbone.tree([row.item for row in rows])
@@ -52,7 +59,7 @@ def test_the_anchor_is_the_base_behind_the_stack(tiny_base: Base, stack):
             )
             by_hand = (theirs.exp() * (theirs - ours)).sum(-1).mean()
             assert found[number].item() == pytest.approx(by_hand.item(), rel=1e-3, abs=1e-5)
-        same = StackBackbone(tiny_base.model, stack, 512, stack)
+        same = behind(stack, tiny_base, stack)
         assert same.divergence(tree).abs().max() < 1e-5
 
 
@@ -61,7 +68,7 @@ def test_training_comes_nearer_to_the_stack_and_goes_on_where_it_stopped(tiny_ba
     cfg = composed(["sft.steps=40", "sft.lr=0.05", "sft.batch_size=8"])
 
     def apart(vectors: torch.Tensor) -> float:
-        backbone = StackBackbone(tiny_base.model, vectors, 512, stack)
+        backbone = behind(stack, tiny_base, vectors)
         with torch.no_grad():
             return backbone.divergence(backbone.tree([row.item for row in rows])).mean().item()
 

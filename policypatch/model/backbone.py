@@ -34,6 +34,7 @@ class PrefixBackbone(nn.Module):
         patch: (P, D) float32, what is trained.
         recompute: a layer's activations are computed again in the backward pass rather than kept. With adapters that
             are switched (`policypatch.model.lora`) the switch has to stay as it was until then (`at_work`).
+        anchor: (A, D) what stands before that which the patched base is compared with; None: nothing, it is the base.
     """
 
     patch: nn.Parameter
@@ -50,6 +51,7 @@ class PrefixBackbone(nn.Module):
         self.patch = nn.Parameter(vectors.detach().clone().float())
         self.max_row_tokens = max_row_tokens
         self.recompute = False
+        self.anchor: Tensor | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -121,8 +123,8 @@ class PrefixBackbone(nn.Module):
         return self._hidden(tree, self.patch)
 
     def base_hidden(self, tree: Tree) -> Tensor:
-        """The same of the base alone."""
-        return self._hidden(tree, self.patch[:0])
+        """The same of the base behind the anchor alone."""
+        return self._hidden(tree, self.patch[:0] if self.anchor is None else self.anchor.to(self.patch.device))
 
     def _hidden(self, tree: Tree, patch: Tensor) -> Tensor:
         root = self._root_embeddings(tree, patch)

@@ -43,22 +43,19 @@ class CompanyBackbone(PrefixBackbone):
         self._behind: list[Tensor] = []
 
     def begin(self, step: int | None) -> None:
-        """Draw the company of a training step; None is no training, where the patch stands alone."""
-        self._before, self._behind = [], []
-        if step is None:
-            return
-        before, behind = drawn(len(self._companions), self.dropout, self.seed, step)
+        """Draw the company of a training step; None is no training, where the patch stands alone.
+
+        What a patch in company is held to is the base behind its companions.
+        """
+        before, behind = ([], []) if step is None else drawn(len(self._companions), self.dropout, self.seed, step)
         here = self.patch.device
         self._before = [self._companions[i].to(here) for i in before]
         self._behind = [self._companions[i].to(here) for i in behind]
+        self.anchor = torch.cat([*self._before, self.patch.detach()[:0], *self._behind])
 
     def hidden(self, tree: Tree) -> Tensor:
         """Last hidden states where a completion token is predicted, behind the patch in company: (N, D)."""
         return self._hidden(tree, torch.cat([*self._before, self.patch, *self._behind]))
-
-    def base_hidden(self, tree: Tree) -> Tensor:
-        """The same without the patch: what it is held to is the base behind the companions alone."""
-        return self._hidden(tree, torch.cat([*self._before, self.patch[:0], *self._behind]))
 
 
 def drawn(companions: int, dropout: float, seed: int, step: int) -> tuple[list[int], list[int]]:

@@ -11,7 +11,8 @@ from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.train.figures import Figure
 from policypatch.train.losses import dpo_loss, mean_nll, sequence_lengths
-from policypatch.train.module import Optimisation, StageModule, Weights
+from policypatch.train.module import Optimisation
+from policypatch.train.pair_stage import PairStage, Weights
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class PreferenceSettings:
     label_smoothing: float = 0.0
 
 
-class DPOModule(StageModule):
+class DPOModule(PairStage):
     """Direct preference optimisation; the reference's log-probabilities come with the batch, computed once."""
 
     stage = "dpo"

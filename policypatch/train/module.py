@@ -1,4 +1,4 @@
-"""What the SFT and the DPO stage share: one backbone, AdamW, warm-up, and checkpoints that hold the patch alone."""
+"""What all training stages share: one backbone, AdamW, warm-up, and checkpoints that hold the patch alone."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from policypatch import ranks
 from policypatch.data.datamodule import Batch
 from policypatch.errors import PolicyPatchError
-from policypatch.model.backbone import PrefixBackbone, sum_by_sequence
+from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.sharded import levelled
-from policypatch.train.figures import LOSS, Figure, over_ranks, share_of_loss, with_loss
-from policypatch.train.losses import balance_loss
+from policypatch.train.figures import LOSS, Figure, over_ranks, share_of_loss
 
 
 @dataclass(frozen=True)
@@ -67,40 +66,22 @@ class NotFiniteError(PolicyPatchError):
         self.step, self.batch, self.figures = step, batch, figures
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Of what both stages' losses have beside their own; 0 leaves a part out.
-
-    Attributes:
-        kl: the anchor: KL(base || patched) per token on the rows that a batch anchors (its benign ones), as MOSAIC
-            (arXiv 2603.16210) keeps a prefix from changing what it need not.
-        texts: the same on the batch's benign texts.
-        balance: how far the completions of balanced rows are from being equally likely (`balance_loss`).
-    """
-
-    kl: float = 0.0
-    texts: float = 0.0
-    balance: float = 0.0
-
-
 class StageModule(L.LightningModule, ABC):
-    """A training stage around the shared backbone. Subclasses say what its own loss is.
+    """A training stage around the shared backbone. Subclasses say what its loss is.
 
     Args:
         backbone: the frozen base behind the trainable patch.
         optimisation: how the patch moves.
-        weights: of what the loss has beside that.
     """
 
     stage = ""
 
-    def __init__(self, backbone: PrefixBackbone, optimisation: Optimisation, weights: Weights | None = None):
+    def __init__(self, backbone: PrefixBackbone, optimisation: Optimisation):
         super().__init__()
         if optimisation.decay not in ("linear", "cosine", "constant"):
             raise PolicyPatchError(f"{self.stage}.decay is {optimisation.decay!r}: choose linear, cosine or constant")
         self.backbone = backbone
         self.optimisation = optimisation
-        self.weights = weights or Weights()
         self.logged: set[str] = set()  # this step's figures: not every batch has all
         self.tokens = self.padding = 0  # that went through the model in training, and how many of them were none
 
@@ -113,36 +94,8 @@ class StageModule(L.LightningModule, ABC):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @abstractmethod
-    def objective(self, batch: Batch, logprobs: Tensor) -> dict[str, Figure]:
-        """The figures of the stage's own loss from each completion's log-probability (S,)."""
-
     def losses(self, batch: Batch) -> Mapping[str, Figure]:
         """The figures of a batch; `loss` is the one to minimise."""
-        logprobs, kl = self.forward_batch(batch)
-        figures = self.objective(batch, logprobs)
-        for name, (weight, values) in self._beside(batch, kl).items():
-            figures[name] = Figure(values.mean(), len(values), weight)
-        return with_loss(figures, len(batch.pairs))
-
-    def _beside(self, batch: Batch, kl: Tensor | None) -> dict[str, tuple[float, Tensor]]:
-        """What the loss has beside the stage's own: weight, and a value for each row that it concerns."""
-        found: dict[str, tuple[float, Tensor]] = {}
-        if kl is not None:
-            found["kl_base"] = self.weights.kl, kl
-        if self.weights.texts and batch.texts is not None:
-            found["kl_texts"] = self.weights.texts, self.backbone.divergence(batch.texts)
-        if self.weights.balance and batch.balanced is not None:
-            first, second = self.backbone.sequence_logprobs(batch.balanced).view(-1, 2).unbind(1)
-            found["imbalance"] = self.weights.balance, balance_loss(first, second)
-        return found
-
-    def forward_batch(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Summed log-probability of each completion (S,), and KL per token of each anchored row (K,) or None."""
-        tree = batch.tree
-        if not self.weights.kl or batch.anchor is None:
-            return sum_by_sequence(self.backbone.completion_logprobs(tree), tree), None
-        logprobs, kl = self.backbone.completion_logprobs_and_kl(tree, batch.anchor.tree, batch.anchor.sequences)
-        return sum_by_sequence(logprobs, tree), kl
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step; a loss that is not finite ends the run rather than poisoning the patch."""

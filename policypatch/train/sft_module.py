@@ -7,10 +7,10 @@ from torch import Tensor
 from policypatch.data.datamodule import Batch
 from policypatch.train.figures import Figure
 from policypatch.train.losses import sequence_lengths, sft_loss
-from policypatch.train.module import StageModule
+from policypatch.train.pair_stage import PairStage
 
 
-class SFTModule(StageModule):
+class SFTModule(PairStage):
     """Cross-entropy on the chosen responses, over completion tokens only."""
 
     stage = "sft"

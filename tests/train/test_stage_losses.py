@@ -8,7 +8,8 @@ from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.tree import Item
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
 from policypatch.train.figures import Figure, share_of_loss, whole, with_loss
-from policypatch.train.module import Optimisation, StageModule, Weights
+from policypatch.train.module import Optimisation, StageModule
+from policypatch.train.pair_stage import Weights
 from policypatch.train.sft_module import SFTModule
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -15,7 +15,8 @@ from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.logprobs import item_logprobs
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
-from policypatch.train.module import Optimisation, Weights
+from policypatch.train.module import Optimisation
+from policypatch.train.pair_stage import Weights
 from policypatch.train.sft_module import SFTModule
 
 
