@@ -46,7 +46,7 @@ def prepare() -> None:
     """Tell what is wrong with the command line before Hydra or a model is started, and keep a sweep's names short."""
     from hydra._internal.utils import get_args
 
-    from policypatch.command_line import check_overrides, left_out_of_names
+    from policypatch.command_line import check_folder, check_overrides, left_out_of_names
     from policypatch.errors import PolicyPatchError
 
     arguments = get_args()
@@ -57,6 +57,7 @@ def prepare() -> None:
     try:
         with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             check_overrides(arguments.overrides, arguments.multirun)
+            check_folder(arguments.overrides, arguments.multirun)
             if arguments.multirun and not any(NAMING in override for override in arguments.overrides):
                 sys.argv.append(f"{NAMING}={left_out_of_names(arguments.overrides)}")
     except PolicyPatchError as error:

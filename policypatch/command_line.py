@@ -48,10 +48,8 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         known = compose("config", overrides=[o.input_line or "" for o in overrides if o not in swept and _is_choice(o)])
         for override in overrides:
             _check_key(override, known, {o.key_or_group for o in swept})
-        hydra_cfg = compose("config", overrides=plain, return_hydra_config=True).hydra
-        kind = "sweep" if multirun else "run"
-        refuse_closed(Path(hydra_cfg[kind].dir).absolute(), f"hydra.{kind}.dir")
-        launcher = hydra_cfg.launcher if multirun else None  # one for all jobs
+        # One for all jobs.
+        launcher = compose("config", overrides=plain, return_hydra_config=True).hydra.launcher if multirun else None
         for extra in _single_values(swept):
             cfg = compose("config", overrides=[*plain, *extra])
             check(cfg)
@@ -61,6 +59,19 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         raise PolicyPatchError(first_line(error)) from error
     except yaml.YAMLError as error:
         raise PolicyPatchError(f"a file of conf/ is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def check_folder(arguments: Sequence[str], multirun: bool) -> None:
+    """Refuse a folder of runs that cannot be written, which Hydra would tell with a traceback. Within `initialize*`.
+
+    Args:
+        arguments: the overrides, known to compose.
+        multirun: whether they are a sweep.
+    """
+    plain = [override.input_line or "" for override in _parse(arguments) if not override.is_sweep_override()]
+    kind = "sweep" if multirun else "run"
+    folder = compose("config", overrides=plain, return_hydra_config=True).hydra[kind].dir
+    refuse_closed(Path(folder).absolute(), f"hydra.{kind}.dir")
 
 
 def _sweeps_of_files(overrides: Sequence[Override]) -> list[Override]:

@@ -24,12 +24,6 @@ from policypatch.patch.artifact import Patch
 
 SCALES = (0.5, 1.5)  # what a patch's vectors may be multiplied by
 MOST_ORDERS = 15  # candidates that a search begins with: all orders of all subsets of three patches
-SINGLE = {  # what a probe without a choice measures
-    "NextWordProbe": "gld",
-    "CrowsPairsProbe": "crows_pairs",
-    "BenignKLProbe": "kl_benign",
-    "TextPerplexityProbe": "text_ppl",
-}
 TEXTS = ("prompts", "more", "less")  # fields of probes that hold a text for each prompt
 
 
@@ -192,6 +186,12 @@ class Asked:
         return next(m for m in outcome.measured if (m.name, m.judge) == (self.aim.metric, self.judge))
 
 
+def usual(risks: Sequence[str], probes: Sequence[Probe]) -> list[Aim]:
+    """The figure that speaks for each of these risks, and what a patch costs in utility."""
+    first = {probe.risk: probe.metrics[0] for probe in reversed(probes)}
+    return [Aim(risk, first[risk]) for risk in risks if risk in first] + [Aim("utility", "kl_benign")]
+
+
 def asked(aim: Aim, probes: Sequence[Probe], filters: Sequence[str]) -> Asked:
     """The first of the probes that has an aim's figure.
 
@@ -205,11 +205,10 @@ def asked(aim: Aim, probes: Sequence[Probe], filters: Sequence[str]) -> Asked:
     """
     known: list[str] = []
     for probe in probes:
-        metrics = getattr(probe, "metrics", None) or (SINGLE[type(probe).__name__],)
-        known += [f"{probe.risk}.{metric}" for metric in metrics]
-        if probe.risk == aim.risk and aim.metric in metrics:
-            judges = [name for name in getattr(probe, "judges", {}) if name not in filters]
-            judge = next(iter(judges or getattr(probe, "judges", {})), None)
+        known += [f"{probe.risk}.{metric}" for metric in probe.metrics]
+        if probe.risk == aim.risk and aim.metric in probe.metrics:
+            judges = getattr(probe, "judges", {})  # those that only read probabilities have none
+            judge = next((name for name in judges if name not in filters), next(iter(judges), None))
             return Asked(aim, (half(probe, 0), half(probe, 1)), judge)
     raise PolicyPatchError(
         f"--objective {aim} is measured by nothing here: choose from {', '.join(dict.fromkeys(known))}"

@@ -25,8 +25,10 @@ def check_context(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher, vect
     trained = cfg.data.max_prompt_tokens + cfg.data.max_completion_tokens
     if vectors + trained > base.context:
         stacked = OmegaConf.select(cfg, "method.patches") is not None
-        what = f"method.patches has {vectors} vectors" if stacked else f"patch.length is {cfg.patch.length}"
-        if not stacked and vectors > cfg.patch.length:
+        what = f"patch.length is {vectors}"
+        if stacked:
+            what = f"method.patches has {vectors} vectors"
+        elif cfg.patch.companions:
             what = f"patch and companions have {vectors} vectors"
         raise PolicyPatchError(
             f"{what}: with prompts and completions of up to {trained} tokens it exceeds "

@@ -15,8 +15,6 @@ from policypatch import ranks
 from policypatch.errors import ForeignFolder
 from policypatch.evaluate.arms import evaluate_arms
 from policypatch.evaluate.costs import Training, latency_rows, size_rows
-from policypatch.evaluate.measure import Settings
-from policypatch.evaluate.probes import Bench
 from policypatch.evaluate.scorecard import Row, Scorecard
 from policypatch.files.atomic import TEMPORARY, remove, write_json, write_text
 from policypatch.files.cache import reset_counters
@@ -134,11 +132,9 @@ def _measured(
     cfg: DictConfig, ready: Prepared, arms: list[Arm], training: Training | None, clock: Clock, folder: Path
 ) -> Scorecard:
     """Ask the first arm, the last one, and that between the stages if that is asked for; then what the last costs."""
-    settings = Settings(cfg.evaluate.level, cfg.evaluate.resamples)
-    bench = Bench(ready.base, ready.scorer, cfg.scorer.name, ready.plan, settings)
     asked = arms if cfg.evaluate.after_sft else [arms[0], *arms[1:][-1:]]
     with clock("evaluate"):
-        scorecard = evaluate_arms(bench, ready.own, ready.others, ready.teacher.filter_judges, asked, folder)
+        scorecard = evaluate_arms(ready.bench(cfg), ready.own, ready.others, ready.teacher.filter_judges, asked, folder)
     if len(arms) > 1:
         with clock("costs"):
             scorecard += size_rows(arms[-1], ready.base, training)

@@ -16,7 +16,8 @@ from policypatch import ranks
 from policypatch.context import check_context, check_readings
 from policypatch.data.teachers import Teacher
 from policypatch.errors import PolicyPatchError
-from policypatch.evaluate.probes import Plan, Probe, SampledProbe
+from policypatch.evaluate.measure import Settings
+from policypatch.evaluate.probes import Bench, Plan, Probe, SampledProbe
 from policypatch.methods import Method, Trained, Untrained
 from policypatch.model.base import Base
 from policypatch.model.judging import judged
@@ -49,6 +50,11 @@ class Prepared:
     own: list[Probe]
     others: list[Probe]
     plan: Plan
+
+    def bench(self, cfg: DictConfig) -> Bench:
+        """What arms are measured with."""
+        settings = Settings(cfg.evaluate.level, cfg.evaluate.resamples)
+        return Bench(self.base, self.scorer, cfg.scorer.name, self.plan, settings)
 
 
 def prepare(cfg: DictConfig) -> Prepared:
@@ -84,9 +90,8 @@ def prepare(cfg: DictConfig) -> Prepared:
             f"scorer {cfg.scorer.name} is the same model as {cfg.model.name}: choose another, or say scorer=base"
         )
     plan = _plan(cfg)
-    vectors = getattr(method, "length", 0)
-    check_context(cfg, base, risk, teacher, getattr(method, "longest", vectors))
-    check_readings(cfg, own, others, plan, base, scorer, vectors)
+    check_context(cfg, base, risk, teacher, method.longest)
+    check_readings(cfg, own, others, plan, base, scorer, method.length)
     return Prepared(base, scorer, risk, teacher, method, own, others, plan)
 
 

@@ -33,11 +33,10 @@ class _Place:
     rank: int = 0
     size: int = 1
     on_machine: int = 0  # its number among those of its machine
-    group: Any = None  # torch's process group that objects are exchanged in
 
 
 _place = _Place()
-_joined = _place  # the same, also while this rank is `alone`
+_group: Any = None  # torch's process group that the ranks tell each other things in, also while one is `alone`
 _meanwhile: Callable[[], None] | None = None
 
 
@@ -68,7 +67,7 @@ def any_of(mine: bool) -> bool:
     from torch import distributed
 
     told = torch.tensor([int(mine)])
-    distributed.all_reduce(told, distributed.ReduceOp.MAX, group=_joined.group)
+    distributed.all_reduce(told, distributed.ReduceOp.MAX, group=_group)
     return bool(told)
 
 
@@ -97,7 +96,7 @@ def join(found: ClusterEnvironment | None, on_gpu: bool) -> None:
     import torch
     from torch import distributed
 
-    global _place, _joined
+    global _place, _group
     if found is None or found.world_size() == 1 or size() > 1:
         return
     number, count = found.global_rank(), found.world_size()
@@ -108,8 +107,8 @@ def join(found: ClusterEnvironment | None, on_gpu: bool) -> None:
         address = "env://"  # the agent that started the ranks has the store, and with it the port
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     distributed.init_process_group(backend, address, world_size=count, rank=number, timeout=PATIENCE)
-    group = distributed.new_group(backend="gloo", timeout=PATIENCE)
-    _place = _joined = _Place(number, count, found.local_rank(), group)
+    _group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    _place = _Place(number, count, found.local_rank())
     if number:
         _speak_as(number)
 
@@ -118,10 +117,10 @@ def leave() -> None:
     """Be a process by itself again."""
     from torch import distributed
 
-    global _place, _joined
+    global _place, _group
     if size() > 1:
         meanwhile(None)
-        _place = _joined = _Place()
+        _place, _group = _Place(), None
         distributed.destroy_process_group()
 
 
@@ -157,7 +156,7 @@ def gather(thing: T) -> list[T]:
     if _meanwhile is not None:
         _meanwhile()
     found: list[Any] = [None] * size()
-    distributed.all_gather_object(found, thing, group=_place.group)
+    distributed.all_gather_object(found, thing, group=_group)
     return found
 
 
@@ -225,3 +224,18 @@ def parts(rows: int, make: Callable[[range], T]) -> list[T]:
             raise PolicyPatchError(f"counted from row {numbers.start + 1} of {rows} on: {error}") from error
 
     return [part for part in agree(ours) if part is not None]
+
+
+def in_turn(make: Callable[[], T]) -> T:
+    """What `make` gives, on one rank of each machine after another, whose memory holds one whole model at a time.
+
+    Raises as `agree` does.
+    """
+    made: list[T] = []
+
+    def ours() -> None:
+        made.append(make())
+
+    for turn in range(1 + max(gather(on_machine()))):
+        agree(ours if turn == on_machine() else lambda: None)
+    return made[0]

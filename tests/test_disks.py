@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_run import ROOT, composed, overrides, without_costs
 
+from policypatch.commands.base import composed as config_of_command
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.scorecard import Scorecard
 from policypatch.files.atomic import atomic_path
@@ -102,3 +103,8 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_else(arguments: 
         )
         assert ended.returncode == 2
         assert ended.stderr.startswith("error: hydra.") and words in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_a_command_that_writes_no_run_asks_for_no_place(disk, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(disk(64, "ro"))
+    assert config_of_command(["risk=toxicity"]).risk.name == "toxicity"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from policypatch.commands.base import MODEL, Register, base_overrides, composed, known_risk, quoted
+from policypatch.commands.base import MODEL, Register, base_overrides, composed, known_risk, quoted, stack_overrides
 from policypatch.errors import PolicyPatchError
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def audit(
         f"risk={risk or known_risk(first.risks)}",
         *_measured_as(first.training),
         *base_overrides(model),
-        "method=stack",
-        f"method.patches=[{','.join(quoted(folder.absolute()) for folder in patches)}]",
+        *stack_overrides(patches),
         *("logger=csv", "name=audit", "evaluate.after_sft=false", "evaluate.costs.prompts=[]"),
         *(setting or []),
     ]
@@ -72,7 +72,7 @@ def audit(
     folder = out or Path("outputs", "audit", f"{first.name}-{first.version}", f"{now:%Y-%m-%d_%H-%M-%S}")
     start(cfg, folder.absolute(), "", overrides)
     rows = read_json(folder / "scorecard.json")
-    identity = [{"name": m.name, "version": m.version, "sha256": m.sha256} for m in (p.manifest for p in loaded)]
+    identity = [asdict(patch.manifest.as_parent) for patch in loaded]
     reference = _reference(first.scorecard if len(loaded) == 1 else [], known, identity)
     found = {arm: changes(reference[arm], _of(rows, arm), cfg.evaluate.level) for arm in ("base", "patch")}
     say(found, sum(len(_of(rows, arm)) for arm in found))
@@ -91,11 +91,9 @@ def say(found: Mapping[str, Sequence[Change]], figures: int) -> None:
         for change in changes:
             if change.differs:
                 risk, split, metric, judge = change.place
-                by = f" by {judge}" if judge else ""
-                what = f"{arm}: {risk} {split} {metric}{by}"
-                console.print(
-                    f"! {what}: {change.then:.3g} -> {change.now:.3g} (p = {change.p_value:.2g})", markup=False
-                )
+                what = f"{arm}: {risk} {split} {metric}" + (f" by {judge}" if judge else "")
+                figures_told = f"{change.then:.3g} -> {change.now:.3g} (p = {change.p_value:.2g})"
+                console.print(f"! {what}: {figures_told}", markup=False)
     compared = sum(map(len, found.values()))
     different = sum(change.differs for changes in found.values() for change in changes)
     if compared:

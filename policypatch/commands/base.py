@@ -21,25 +21,33 @@ class Register(Protocol):
 
 
 def composed(overrides: list[str]) -> Any:
-    """The config that run.py would get.
+    """The config that run.py would get, checked.
 
     Raises:
-        PolicyPatchError: this is no checkout, or the overrides do not compose.
+        PolicyPatchError: this is no checkout, or the overrides do not compose to a config that a run could use.
     """
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from policypatch.command_line import check_overrides, first_line
+    from policypatch.command_line import first_line
+    from policypatch.settings import check
 
     if not CONF.is_dir():
         raise PolicyPatchError(f"there is no {CONF}: this command needs a checkout, installed with pip install -e .")
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            check_overrides(overrides, multirun=False)
-            return hydra.compose("config", overrides=overrides)
+            cfg = hydra.compose("config", overrides=overrides)
+        check(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         raise PolicyPatchError(f"conf/ does not compose: {first_line(error)}") from error
+    return cfg
+
+
+def refuse_existing(out: Path) -> None:
+    """Refuse to write over what is there."""
+    if out.exists():
+        raise PolicyPatchError(f"{out} exists: choose another --out")
 
 
 def base_of(model: str, dtype: str = "auto") -> Any:
@@ -100,3 +108,8 @@ def quoted(value: object) -> str:
     """As Hydra's command line takes any text."""
     escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def stack_overrides(folders: Sequence[Path]) -> list[str]:
+    """The overrides for patches that are there; they refuse those of another base, and a stack that does not fit."""
+    return ["method=stack", f"method.patches=[{','.join(quoted(folder.absolute()) for folder in folders)}]"]

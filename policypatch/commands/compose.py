@@ -13,17 +13,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from policypatch.commands.base import MODEL, Register, base_overrides, composed, known_risk, quoted
+from policypatch.commands.base import (
+    MODEL,
+    Register,
+    base_overrides,
+    composed,
+    known_risk,
+    refuse_existing,
+    stack_overrides,
+)
 from policypatch.errors import PolicyPatchError
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from policypatch.composition import Asked, Candidate
     from policypatch.evaluate.measure import Measured
     from policypatch.evaluate.probes import Bench
-    from policypatch.patch.artifact import Patch
+    from policypatch.prepare import Prepared
 
 console = Console(soft_wrap=True, highlight=False)
-HEADLINES = {"toxicity": "toxic_rate", "gender_bias": "gas", "harmfulness": "asr", "custom": "hit_rate"}
 SHOWN = 8  # of the Pareto set
 
 
@@ -60,14 +69,16 @@ def compose(
     from policypatch.patch.artifact import Patch, load, save
     from policypatch.patch.stacking import check_parts, stack
 
-    if out.exists():
-        raise PolicyPatchError(f"{out} exists: choose another --out")
+    refuse_existing(out)
     parts = [load(folder, require_signature=key) for folder in patches]
     check_parts(parts)
     risks = list(dict.fromkeys(risk for part in parts for risk in part.manifest.risks))
-    aims = [search.Aim.read(text) for text in objective or _objectives(risks)]
-    bench, wanted = _bench(parts, patches, model, aims, prompts, risks, list(setting or []))
-    names = [str(aim) for aim in aims]
+    aims = [search.Aim.read(text) for text in objective or ()]
+    cfg, ready = _ready(patches, model, prompts, risks, list(setting or []))
+    bench, probes = ready.bench(cfg), [*ready.own, *ready.others]
+    filters = {judge for group in (cfg.risk, *cfg.others.values()) for judge in group.get("filter") or ()}
+    wanted = [search.asked(aim, probes, sorted(filters)) for aim in aims or search.usual(risks, probes)]
+    names = [str(one.aim) for one in wanted]
 
     def figures(candidate: Candidate | None, which: int) -> list[Measured]:
         vectors = None if candidate is None else candidate.vectors(parts)
@@ -78,7 +89,7 @@ def compose(
         return tuple(float(of.metric.compute()) for of in figures(candidate, 0))
 
     base = values(None)
-    tried = search.search(len(parts), values, len(aims), budget, seed, scales)
+    tried = search.search(len(parts), values, len(wanted), budget, seed, scales)
     chosen = search.best(tried, base).candidate
     front = sorted(search.pareto(tried), key=lambda one: one.values)
     shown = [one for one in tried if one.candidate == chosen] + [one for one in front if one.candidate != chosen]
@@ -95,23 +106,10 @@ def compose(
     console.print(f"{out}: {chosen.named(parts)}, {made.manifest.length} vectors", markup=False)
 
 
-def _objectives(risks: Sequence[str]) -> list[str]:
-    return [f"{risk}.{HEADLINES[risk]}" for risk in risks if risk in HEADLINES] + ["utility.kl_benign"]
-
-
-def _bench(
-    parts: Sequence[Patch],
-    folders: Sequence[Path],
-    model: str,
-    aims: Sequence[Any],
-    prompts: int,
-    risks: Sequence[str],
-    setting: list[str],
-) -> tuple[Bench, list[Asked]]:
-    """The base, and what answers each aim."""
-    from policypatch.composition import asked
-    from policypatch.evaluate.measure import Settings
-    from policypatch.evaluate.probes import Bench
+def _ready(
+    folders: Sequence[Path], model: str, prompts: int, risks: Sequence[str], setting: list[str]
+) -> tuple[DictConfig, Prepared]:
+    """The base and the probes of all risks, everything checked against each other."""
     from policypatch.logs import quiet_libraries
     from policypatch.prepare import prepare
 
@@ -120,20 +118,13 @@ def _bench(
         [
             f"risk={known_risk(risks)}",
             *base_overrides(model),
-            "method=stack",  # refuses patches of another base, and stacks that do not fit
-            f"method.patches=[{','.join(quoted(folder.absolute()) for folder in folders)}]",
+            *stack_overrides(folders),
             *(f"evaluate.{key}={prompts}" for key in ("prompts", "other_prompts")),
             *("logger=csv", "scorer=base", "evaluate.costs.prompts=[]"),
             *setting,
         ]
     )
-    ready = prepare(cfg)
-    settings = Settings(cfg.evaluate.level, cfg.evaluate.resamples)
-    filters = {judge for group in (cfg.risk, *cfg.others.values()) for judge in group.get("filter") or ()}
-    probes = [*ready.own, *ready.others]
-    return Bench(ready.base, ready.scorer, cfg.scorer.name, ready.plan, settings), [
-        asked(aim, probes, sorted(filters)) for aim in aims
-    ]
+    return cfg, prepare(cfg)
 
 
 def _show(names: Sequence[str], table: dict[str, Any], bench: Bench, chosen: str) -> None:

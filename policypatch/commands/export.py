@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from policypatch.commands.base import MODEL, Register, base_of, model_config
+from policypatch.commands.base import MODEL, Register, base_of, model_config, refuse_existing
 from policypatch.errors import PolicyPatchError
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def export(
     """Write a patch in a form that other software takes."""
     from policypatch.patch import artifact, signature
 
-    if out.exists():
-        raise PolicyPatchError(f"{out} exists: choose another --out")
+    refuse_existing(out)
     loaded = [artifact.load(folder, require_signature=key) for folder in patches]
     if to in (Target.peft, Target.embeds):
         if len(loaded) > 1:
@@ -127,8 +126,7 @@ def import_(
     from policypatch.patch.manifest import Manifest
     from policypatch.patch.peft_layout import load_peft
 
-    if out.exists():
-        raise PolicyPatchError(f"{out} exists: choose another --out")
+    refuse_existing(out)
     vectors, base_name, manifest = load_peft(folder)
     if manifest is not None and model is not None:
         artifact.check_base(manifest, base_of(model).identity, (), str(folder))

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from policypatch.commands.base import MODEL, Register, base_of
-from policypatch.errors import PolicyPatchError
+from policypatch.commands.base import MODEL, Register, base_of, refuse_existing
 
 PatchFolder = Annotated[Path, typer.Argument(help="a patch's folder")]
 console = Console(soft_wrap=True, highlight=False)
@@ -122,8 +121,7 @@ def stack(
     """Make one patch of several for the same base; measure it before you trust it."""
     from policypatch.patch import artifact, stacking
 
-    if out.exists():
-        raise PolicyPatchError(f"{out} exists: choose another --out")
+    refuse_existing(out)
     parts = [artifact.load(folder, require_signature=key) for folder in patches]
     made = stacking.stack(parts, name, version)
     artifact.save(made, out)

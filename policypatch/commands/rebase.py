@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from policypatch.commands.base import MODEL, Register, base_of, base_overrides, composed, known_risk, quoted
+from policypatch.commands.base import (
+    MODEL,
+    Register,
+    base_of,
+    base_overrides,
+    composed,
+    known_risk,
+    quoted,
+    refuse_existing,
+)
 from policypatch.errors import PolicyPatchError
 
 if TYPE_CHECKING:
-    from policypatch.model.base import Base
     from policypatch.patch.artifact import Patch
 
 console = Console(soft_wrap=True, highlight=False)
@@ -43,58 +50,43 @@ def rebase(
     bound to the new base and the old patch its parent.
     """
     from policypatch.logs import quiet_libraries
-    from policypatch.patch.artifact import check_base, load, save
-    from policypatch.rebase import carried
+    from policypatch.patch.artifact import load, save
 
-    if out.exists():
-        raise PolicyPatchError(f"{out} exists: choose another --out")
+    refuse_existing(out)
     if not 0 <= share <= 1:
         raise PolicyPatchError(f"--share is {share}: it must be a number from 0 to 1")
     quiet_libraries()
     given = load(patch, require_signature=key)
-    before, after = base_of(old), base_of(new)
-    check_base(given.manifest, before.identity, (), str(patch))
-    over = carried(given.vectors, before, after)
-    console.print(
-        f"{over.shared} tokens in common; the map explains {over.explained:.1%} of the new embeddings' variance",
-        markup=False,
-    )
+    ways, told = _carried(given, old, new, version or given.manifest.version)
     risk = known_risk(given.manifest.risks)
-    work = Path(
-        "outputs", "rebase", f"{given.manifest.name}-{given.manifest.sha256[:12]}-{after.identity.weights[:12]}"
-    )
-    ways = {MAPPED: _bound(given, over.vectors, after, version)}
-    if given.vectors.shape[1] == after.width:
-        ways = {AS_IT_STANDS: _bound(given, given.vectors, after, version)} | ways
+    bound = ways[MAPPED].manifest.base
+    work = Path("outputs", "rebase", f"{given.manifest.name}-{given.manifest.sha256[:12]}-{bound.weights[:12]}")
     if share:
         ways[TUNED] = _tuned(ways[MAPPED], work, risk, new, share, list(setting or []))
     card = _measured(ways, work, risk, new, list(setting or []))
     kept = _best(card, list(ways))
     _say(card, list(ways), kept, given.manifest.scorecard)
-    told = {"from": asdict(before.identity), "kept": kept, "shared_tokens": over.shared, "explained": over.explained}
-    chosen = ways[kept]
-    save(replace(chosen, manifest=replace(chosen.manifest, scorecard=card, training={"rebase": told})), out)
-    console.print(f"{out}: {kept}, for {after.identity.id}", markup=False)
+    manifest = replace(ways[kept].manifest, scorecard=card, training={"rebase": told | {"kept": kept}})
+    save(replace(ways[kept], manifest=manifest), out)
+    console.print(f"{out}: {kept}, for {bound.id}", markup=False)
 
 
-def _bound(given: Patch, vectors: Any, base: Base, version: str | None) -> Patch:
-    """Vectors as a patch of the new base that comes from the given one."""
-    from policypatch.patch.artifact import Patch, digest
-    from policypatch.patch.manifest import Parent
+def _carried(given: Patch, old: str, new: str, version: str) -> tuple[dict[str, Patch], dict[str, Any]]:
+    """The ways that need no training, the simplest first, and how the map fits; both bases are let go again."""
+    from policypatch.patch.artifact import check_base
+    from policypatch.patch.lineage import derived
+    from policypatch.rebase import carried
 
-    of = given.manifest
-    manifest = replace(
-        of,
-        version=version or of.version,
-        base=base.identity,
-        width=vectors.shape[1],
-        sha256=digest(vectors),
-        parents=[Parent(of.name, of.version, of.sha256)],
-        scorecard=[],
-        training={},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    return Patch(vectors, manifest)
+    before, after = base_of(old), base_of(new)
+    check_base(given.manifest, before.identity, (), given.manifest.name)
+    over = carried(given.vectors, before, after)
+    fit = f"the map explains {over.explained:.1%} of the new embeddings' variance"
+    console.print(f"{over.shared} tokens in common; {fit}", markup=False)
+    vectors = {MAPPED: over.vectors}
+    if given.vectors.shape[1] == after.width:
+        vectors = {AS_IT_STANDS: given.vectors} | vectors
+    ways = {name: derived(given, each, version=version, base=after.identity) for name, each in vectors.items()}
+    return ways, {"from": asdict(before.identity), "shared_tokens": over.shared, "explained": over.explained}
 
 
 def _tuned(start: Patch, work: Path, risk: str, model: str, share: float, setting: list[str]) -> Patch:
@@ -122,17 +114,13 @@ def _tuned(start: Patch, work: Path, risk: str, model: str, share: float, settin
 def _measured(ways: Mapping[str, Patch], work: Path, risk: str, model: str, setting: list[str]) -> list[dict[str, Any]]:
     """The scorecard of the new base and of every way."""
     from policypatch.evaluate.arms import evaluate_arms
-    from policypatch.evaluate.measure import Settings
-    from policypatch.evaluate.probes import Bench
     from policypatch.model.arm import Arm
     from policypatch.prepare import prepare
 
     cfg = composed([f"risk={risk}", *base_overrides(model), "method=none", "logger=csv", *setting])
     ready = prepare(cfg)
-    settings = Settings(cfg.evaluate.level, cfg.evaluate.resamples)
-    bench = Bench(ready.base, ready.scorer, cfg.scorer.name, ready.plan, settings)
     arms = [Arm("base"), *(Arm(name, vectors=way.vectors) for name, way in ways.items())]
-    return [asdict(row) for row in evaluate_arms(bench, [*ready.own, *ready.others], [], (), arms, work)]
+    return [asdict(row) for row in evaluate_arms(ready.bench(cfg), [*ready.own, *ready.others], [], (), arms, work)]
 
 
 def _best(card: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> str:

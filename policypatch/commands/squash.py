@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from policypatch.commands.base import MODEL, Register, base_overrides, composed, known_risk, quoted
-from policypatch.errors import PolicyPatchError
+from policypatch.commands.base import (
+    MODEL,
+    Register,
+    base_overrides,
+    composed,
+    known_risk,
+    refuse_existing,
+    stack_overrides,
+)
 
 console = Console(soft_wrap=True, highlight=False)
 ARM = "squashed"
@@ -44,19 +50,17 @@ def squash(
     the benign prompts of all of the stack's risks. A command that was interrupted goes on where it stopped.
     """
     from policypatch.evaluate.arms import evaluate_arms
-    from policypatch.evaluate.measure import Settings
-    from policypatch.evaluate.probes import Bench
     from policypatch.files.cache import content_key
     from policypatch.logs import quiet_libraries
     from policypatch.model.arm import Arm
     from policypatch.patch.artifact import load, save
+    from policypatch.patch.lineage import derived
     from policypatch.patch.stacking import stack as stacked
     from policypatch.prepare import prepare
     from policypatch.report.table import scorecard_table
     from policypatch.squash import examples, shortened, squashed
 
-    if out.exists():
-        raise PolicyPatchError(f"{out} exists: choose another --out")
+    refuse_existing(out)
     loaded = [load(folder, require_signature=key) for folder in patches]
     whole = loaded[0] if len(loaded) == 1 else stacked(loaded)
     shortened(whole.vectors, length)  # a length that is none ends the command here
@@ -67,8 +71,7 @@ def squash(
         [
             f"risk={known_risk(risks)}",
             *base_overrides(model),
-            "method=stack",
-            f"method.patches=[{','.join(quoted(folder.absolute()) for folder in patches)}]",
+            *stack_overrides(patches),
             *(f"sft.{name}={value}" for name, value in asked.items()),
             *("logger=csv", "evaluate.costs.prompts=[]", f"seed={seed}"),
             *(setting or []),
@@ -82,11 +85,11 @@ def squash(
         "outputs", "squash", f"{whole.manifest.name}-{content_key(base=asdict(ready.base.identity), **about)[:12]}"
     )
     vectors = squashed(ready.base, stack, length, rows, cfg.sft, cfg.trainer, work, seed, cfg.row_tokens)
-    bench = Bench(ready.base, ready.scorer, cfg.scorer.name, plan, Settings(cfg.evaluate.level, cfg.evaluate.resamples))
     arms = [Arm("base"), Arm("stack", vectors=stack), Arm(ARM, vectors=vectors)]
-    card = [asdict(row) for row in evaluate_arms(bench, [*ready.own, *ready.others], [], (), arms, work)]
+    card = [asdict(row) for row in evaluate_arms(ready.bench(cfg), [*ready.own, *ready.others], [], (), arms, work)]
     training = {"squash": about | {"rows": len(rows)}}
-    save(_made(whole, vectors, name or f"{whole.manifest.name}-squashed", version, training, card), out)
+    name = name or f"{whole.manifest.name}-squashed"
+    save(derived(whole, vectors, name=name, version=version, training=training, scorecard=card), out)
     Console().print(scorecard_table(card, cfg.evaluate.level))
     for line in kept(card):
         console.print(line, markup=False)
@@ -122,27 +125,3 @@ def _prompts(cfg: Any, own: Any, risks: Sequence[str], most: int) -> list[Any]:
         risk = own if name == own.name else made(cfg.others[name], f"others.{name}")
         found += [(risk.form, texts[:most]) for texts in (risk.training_prompts, risk.benign_prompts) if texts]
     return found
-
-
-def _made(
-    whole: Any, vectors: Any, name: str, version: str, training: dict[str, Any], card: list[dict[str, Any]]
-) -> Any:
-    """The patch as an artifact, the stack its parent."""
-    from dataclasses import replace
-
-    from policypatch.patch.artifact import Patch, digest
-    from policypatch.patch.manifest import Parent
-
-    of = whole.manifest
-    manifest = replace(
-        of,
-        name=name,
-        version=version,
-        length=len(vectors),
-        sha256=digest(vectors),
-        parents=[Parent(of.name, of.version, of.sha256)],
-        training=training,
-        scorecard=card,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    return Patch(vectors, manifest)

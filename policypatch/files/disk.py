@@ -66,6 +66,8 @@ def written(target: Path) -> Iterator[None]:
         if error.errno in FULL and error.filename is None:
             error.filename = str(target)
         raise
+    except PolicyPatchError:
+        raise
     except Exception as error:
         if os.strerror(errno.ENOSPC) in str(error) or _is_full(target.parent):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error

@@ -16,12 +16,22 @@ class Method:
 
     Args:
         name: what its arm is called in scorecards.
+
+    Attributes:
+        length: vectors that stand before every prompt.
     """
+
+    length = 0
 
     def __init__(self, name: str):
         self.name = name
         self.parents: list[Parent] = []  # patches that training goes on from
         self.companions: list[Parent] = []  # patches that training has beside it
+
+    @property
+    def longest(self) -> int:
+        """Vectors that may stand before a prompt in training."""
+        return self.length
 
     def check(self, base: Base) -> None:
         """Refuse a base that the method cannot be used on, before anything costs time."""

@@ -15,7 +15,6 @@ from policypatch.model.base import Base
 from policypatch.model.company import CompanyBackbone
 from policypatch.patch import initialise
 from policypatch.patch.artifact import check_base, load
-from policypatch.patch.manifest import Parent
 
 
 class PatchMethod(Trained):
@@ -27,9 +26,6 @@ class PatchMethod(Trained):
             `folder`), whose training is then gone on with.
         companions: folders of patches, random ones of which stand around it in training (`policypatch.model.company`).
         dropout: probability that a companion is left out of a step.
-
-    Attributes:
-        longest: vectors before a prompt in training, with all companions there.
 
     Raises:
         PolicyPatchError: a companion does not load.
@@ -46,9 +42,12 @@ class PatchMethod(Trained):
         super().__init__(name)
         self.length, self.init, self.dropout = length, init, dropout
         self._beside = [load(folder) for folder in companions]
-        manifests = [patch.manifest for patch in self._beside]
-        self.companions = [Parent(m.name, m.version, m.sha256) for m in manifests]
-        self.longest = length + sum(m.length for m in manifests)
+        self.companions = [patch.manifest.as_parent for patch in self._beside]
+
+    @property
+    def longest(self) -> int:
+        """With all companions there."""
+        return self.length + sum(patch.manifest.length for patch in self._beside)
 
     def check(self, base: Base) -> None:
         """Refuse a companion, or a patch to go on from, that is another base's, and the latter of another length."""
@@ -63,7 +62,7 @@ class PatchMethod(Trained):
                 f"{self.init['folder']} has {manifest.length} vectors and patch.length is {self.length}: "
                 f"set patch.length={manifest.length}"
             )
-        self.parents = [Parent(manifest.name, manifest.version, manifest.sha256)]
+        self.parents = [manifest.as_parent]
 
     def vectors(self, base: Base, seed: int) -> Tensor:
         """(L, D) before training."""

@@ -13,12 +13,13 @@ from omegaconf import DictConfig
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from policypatch import ranks
 from policypatch.errors import PolicyPatchError
 from policypatch.files.cache import content_key, entry
 from policypatch.files.sources import fetch, identity
 from policypatch.model.backbone import check_tree
 from policypatch.model.base import Base, identify
-from policypatch.model.sharded import in_turn, keep_step, shard
+from policypatch.model.sharded import keep_step, shard
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def load_base(cfg: DictConfig, key: str = "model", sharded: bool = False) -> Bas
         PolicyPatchError: the source cannot be had, is no causal LM, or its architecture is not supported.
     """
     if sharded:
-        base = in_turn(lambda: _loaded(cfg, key, shared_out=True))
+        base = ranks.in_turn(lambda: _loaded(cfg, key, shared_out=True))
         keep_step(base.model)
     else:
         base = _loaded(cfg, key, shared_out=False)

@@ -9,8 +9,7 @@ make up for them (`Lockstep.levelled`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,8 +19,6 @@ from transformers import PreTrainedModel
 from policypatch import ranks
 from policypatch.errors import PolicyPatchError
 from policypatch.model.parts import decoder_of, layers_of
-
-T = TypeVar("T")
 
 _steps: WeakKeyDictionary[PreTrainedModel, Lockstep] = WeakKeyDictionary()
 
@@ -125,18 +122,3 @@ class Lockstep:
 
     def _count(self, module: nn.Module, given: Any, output: Any) -> None:
         self._to_derive += bool(output.last_hidden_state.requires_grad)
-
-
-def in_turn(make: Callable[[], T]) -> T:
-    """What `make` gives, on one rank of each machine after another, whose memory holds one whole model at a time.
-
-    Raises as `ranks.agree` does.
-    """
-    made: list[T] = []
-
-    def ours() -> None:
-        made.append(make())
-
-    for turn in range(1 + max(ranks.gather(ranks.on_machine()))):
-        ranks.agree(ours if turn == ranks.on_machine() else lambda: None)
-    return made[0]

@@ -77,6 +77,11 @@ class Manifest:
     placement: str = "first"
     format: int = FORMAT
 
+    @property
+    def as_parent(self) -> Parent:
+        """How a patch that comes from this one names it."""
+        return Parent(self.name, self.version, self.sha256)
+
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, checked against the schema."""
         data = asdict(self)

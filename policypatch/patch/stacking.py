@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version as installed
 
 import torch
 
 from policypatch.errors import PolicyPatchError
 from policypatch.patch.artifact import Patch, digest
-from policypatch.patch.manifest import Manifest, Parent
+from policypatch.patch.lineage import now, packages
+from policypatch.patch.manifest import Manifest
 
 NAME_LIMIT = 100  # characters, as the manifest's schema has it
 
@@ -58,9 +57,9 @@ def stack(
         width=vectors.shape[1],
         base=first.base,
         sha256=digest(vectors),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        parents=[Parent(p.manifest.name, p.manifest.version, p.manifest.sha256) for p in patches],
-        packages={package: installed(package) for package in ("policypatch", "torch")},
+        created=now(),
+        parents=[patch.manifest.as_parent for patch in patches],
+        packages=packages(),
         placement=first.placement,
     )
     manifest.to_json()  # a name or version of the user's own is checked here, not when it is saved

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.drift import Place, place_of
 from policypatch.files.atomic import atomic_path, numbered_jsonl, write_jsonl
+from policypatch.report.drawing import arm_styles
 from policypatch.report.metrics import is_risk, metric_label
 from policypatch.report.scorecard import readable
 
@@ -60,7 +61,7 @@ def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def _panel(axes: Any, place: Place, entries: Sequence[Mapping[str, Any]]) -> None:
     risk, split, metric, judge = place
-    for arm, colour, mark in (("base", "#000000", "s"), ("patch", "#0072b2", "o")):
+    for (arm, style), mark in zip(arm_styles(("base", "patch")).items(), "so", strict=True):
         found = [
             (datetime.fromisoformat(entry["when"]), row)
             for entry in entries
@@ -76,7 +77,7 @@ def _panel(axes: Any, place: Place, entries: Sequence[Mapping[str, Any]]) -> Non
                 when,
                 values,
                 [[max(0.0, e) for e in end] for end in ends],
-                color=colour,
+                color=style.colour,
                 marker=mark,
                 ms=4,
                 lw=1.2,

@@ -11,8 +11,9 @@ from policypatch.cli import app
 from policypatch.errors import PolicyPatchError
 from policypatch.model.decode import sample
 from policypatch.model.sampling import Sampling
-from policypatch.patch.artifact import Patch, load, save
+from policypatch.patch.artifact import Patch, digest, load, save
 from policypatch.patch.card import model_card
+from policypatch.patch.lineage import derived
 from policypatch.patch.manifest import Parent
 from policypatch.patch.stacking import stack
 
@@ -103,3 +104,13 @@ def test_a_patch_that_is_among_its_own_parents_is_refused(pair):
     with pytest.raises(PolicyPatchError, match="tox is among its own parents"):
         stack([first, second])
     stack([first, b])  # a patch and what it came from may stand together
+
+
+def test_a_patch_made_of_another_does_not_claim_its_training_data_or_figures(pair):
+    parent = Patch(pair[0].vectors, replace(pair[0].manifest, data_sha256="0" * 64, scorecard=[{"a": 1}]))
+    made = derived(parent, parent.vectors[:1], name="short", training={"squash": {}})
+    manifest = made.manifest
+    assert (manifest.name, manifest.length, manifest.data_sha256, manifest.scorecard) == ("short", 1, None, [])
+    assert manifest.training == {"squash": {}} and manifest.parents == [parent.manifest.as_parent]
+    assert manifest.base == parent.manifest.base and manifest.sha256 == digest(made.vectors)
+    assert set(manifest.packages) == {"policypatch", "torch"}

@@ -31,6 +31,7 @@ class NextWordProbe:
     male: Sequence[str]
     female: Sequence[str]
     risk: str = "gender_bias"
+    metrics: tuple[str, ...] = ("gld", "gender_mass")
     chat: bool = False
     reads_probabilities: bool = True
 
@@ -67,6 +68,7 @@ class CrowsPairsProbe:
     more: Sequence[str]
     less: Sequence[str]
     risk: str = "gender_bias"
+    metrics: tuple[str, ...] = ("crows_pairs",)
     chat: bool = False
     reads_probabilities: bool = True
 

@@ -94,6 +94,11 @@ class Probe(Protocol):
         ...
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the figures of its question, the one that speaks for it first."""
+        ...
+
+    @property
     def chat(self) -> bool:
         """Whether it asks in chats, which a base without a chat template cannot answer."""
         ...

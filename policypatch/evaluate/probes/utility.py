@@ -32,6 +32,7 @@ class BenignKLProbe:
     split: str
     prompts: Sequence[str]
     risk: str = "utility"
+    metrics: tuple[str, ...] = ("kl_benign",)
     chat: bool = True
     reads_probabilities: bool = True
 
@@ -91,6 +92,7 @@ class TextPerplexityProbe:
     split: str
     prompts: Sequence[str]
     risk: str = "utility"
+    metrics: tuple[str, ...] = ("text_ppl",)
     chat: bool = False
     reads_probabilities: bool = True
 
