@@ -46,9 +46,10 @@ def prepare() -> None:
     """Tell what is wrong with the command line before Hydra or a model is started, and keep a sweep's names short."""
     from hydra._internal.utils import get_args
 
-    from policypatch.command_line import check_folder, check_overrides, left_out_of_names
+    from policypatch.command_line import check_folder, check_overrides, left_out_of_names, spelt_out
     from policypatch.errors import PolicyPatchError
 
+    sys.argv[1:] = spelt_out(sys.argv[1:])
     arguments = get_args()
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion:
         return

@@ -2,15 +2,17 @@
 
     python -m benchmarks [--repeats 5] [--parts training,growth,memory,decoding] [--dtypes float32]
     (or: make bench)
+    python -m benchmarks --base 7B     # of random weights, in bfloat16: for a GPU
 
-Writes benchmarks/results/latest.json, and growth.svg where that part is measured. What counts are the ratios of
-neighbouring runs: median, min, max. Above 1 ours is faster; of `decode.overhead_*` 1 is the plain base. float32, and
-bfloat16 as well where the machine multiplies it.
+Writes benchmarks/results/latest.json, and growth.svg where that part is measured; of another base than the default
+one BASE.json and BASE-growth.svg. What counts are the ratios of neighbouring runs: median, min, max. Above 1 ours is
+faster; of `decode.overhead_*` 1 is the plain base. float32, and bfloat16 as well where the machine multiplies it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from rich.table import Table
 
 from benchmarks import decoding, training
 from benchmarks.about import about
-from benchmarks.bases import default_base
+from benchmarks.bases import default_base, shaped_base
 from benchmarks.figure import draw_growth
-from benchmarks.timing import Spread
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.timing import Spread, spread
 from benchmarks.workload import Workload
 from policypatch.files.atomic import write_json
 from policypatch.logs import quiet_libraries
@@ -31,24 +34,40 @@ from policypatch.model.load import choose_dtype
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("training", "growth", "memory", "decoding")
+CHECKED_LAYERS = 2  # of a base of random weights, on which both sides are compared in float32
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # of losses and gradients, ours against TRL's
 PACKAGES = ("policypatch", "torch", "transformers", "trl", "peft")
 
 
-def measured(dtype: str, parts: list[str], repeats: int) -> dict[str, Any]:
-    """Everything asked for, in one precision."""
+def measured(shape: Shape | None, dtype: str, parts: list[str], repeats: int, new_tokens: int) -> dict[str, Any]:
+    """Everything asked for of a shape, or of the default base, in one precision."""
     load, work = partial(default_base, dtype), Workload()
+    checked, tolerance = load, TOLERANCE[dtype]
+    if shape is not None:
+        load, checked = partial(shaped_base, shape, dtype), partial(shaped_base, shape, "float32", CHECKED_LAYERS)
+        tolerance = TOLERANCE["float32"]
     found: dict[str, Any] = {}
     if "training" in parts:
-        found |= {name: training.stage(load, work, name, repeats, TOLERANCE[dtype]) for name in ("sft", "dpo")}
+        for name in ("sft", "dpo"):
+            agreement = {"agreement": training.agreed(checked, work, name, tolerance)}
+            found[name] = agreement | training.stage(load, work, name, repeats)
+            release()
     if "memory" in parts:
         found["peak_bytes"] = {name: training.peaks(dtype, name) for name in ("sft", "dpo")}
     if "growth" in parts:
         found["growth"] = training.growth(load, work, repeats)
+        release()
     if "decoding" in parts:
-        found["overhead"] = decoding.overhead(load, repeats)
+        found["overhead"] = decoding.overhead(load, repeats, new_tokens)
+        release()
         found["sampling"] = decoding.sampling(load(), repeats)
     return found
+
+
+def release() -> None:
+    """Let go of bases that are no longer used, which trainers refer to in circles."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def keys(found: dict[str, Any]) -> dict[str, Spread]:
@@ -60,8 +79,10 @@ def keys(found: dict[str, Any]) -> dict[str, Spread]:
             named |= ratios | {f"{stage}.floor_share": found[stage]["floor_share"]}
         if "peak_bytes" in found:
             peak = found["peak_bytes"][stage]
-            share = peak["ours"] / peak["trl"]
-            named[f"{stage}.peak_memory_ratio"] = {"median": share, "min": share, "max": share}
+            named[f"{stage}.peak_memory_ratio"] = spread([peak["ours"] / peak["trl"]])
+        elif of := found.get(stage, {}).get("step_bytes"):
+            whole = found[stage]["base_bytes"]
+            named[f"{stage}.peak_memory_ratio"] = spread([(whole + of["ours"]) / (whole + of["trl"])])
     if "overhead" in found:
         for name, of in found["overhead"].items():
             if name != "plain":
@@ -86,25 +107,30 @@ def main() -> None:
     """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--parts", default=",".join(PARTS))
-    fast = choose_dtype("auto") is torch.bfloat16
-    parser.add_argument("--dtypes", default="float32,bfloat16" if fast else "float32")
+    parser.add_argument("--base", choices=[shape.name for shape in SHAPES], help="the default model where left out")
+    parser.add_argument("--parts", help=f"of {', '.join(PARTS)}; all, without memory for another base")
+    parser.add_argument("--dtypes", help="float32, and bfloat16 where that is fast; bfloat16 alone for another base")
+    parser.add_argument("--new-tokens", type=int, default=decoding.NEW_TOKENS, help="of an answer whose cost is timed")
     arguments = parser.parse_args()
-    parts = arguments.parts.split(",")
+    shape = next((shape for shape in SHAPES if shape.name == arguments.base), None)
+    usual = [part for part in PARTS if shape is None or part != "memory"]
+    parts = arguments.parts.split(",") if arguments.parts else usual
+    fast = ["bfloat16"] if choose_dtype("auto") is torch.bfloat16 else []
+    dtypes = arguments.dtypes.split(",") if arguments.dtypes else fast if shape else ["float32", *fast]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts names {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     quiet_libraries()
     results = about(*PACKAGES) | {"workload": str(Workload()), "repeats": arguments.repeats}
-    for dtype in arguments.dtypes.split(","):
-        found = measured(dtype, parts, arguments.repeats)
+    for dtype in dtypes:
+        found = measured(shape, dtype, parts, arguments.repeats, arguments.new_tokens)
         named = keys(found)
-        show(named, dtype)
+        show(named, f"{arguments.base or 'the default base'}, {dtype}")
         results[dtype] = found
-        if dtype == "float32":
+        if dtype == dtypes[0]:
             results |= named
             if "growth" in found:
-                draw_growth(found["growth"], RESULTS / "growth.svg")
-    write_json(RESULTS / "latest.json", results)
+                draw_growth(found["growth"], RESULTS / f"{shape.name + '-' if shape else ''}growth.svg")
+        write_json(RESULTS / f"{shape.name if shape else 'latest'}.json", results)
 
 
 if __name__ == "__main__":

@@ -14,37 +14,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from benchmarks.shapes import SHAPES, SMOLLM2, Shape
 from benchmarks.workload import Workload
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-like base.
-
-    Attributes:
-        width: D of the embeddings.
-        inner: of a layer's MLP.
-        keys: width of all keys of a token (less than D where heads share them).
-        tied: whether the head is the embedding matrix.
-    """
-
-    name: str
-    layers: int
-    width: int
-    inner: int
-    keys: int
-    vocabulary: int
-    tied: bool = False
-
-    @property
-    def layer(self) -> int:
-        """Weights of a layer: queries and output, keys and values, the gated MLP."""
-        return self.width * (2 * self.width + 2 * self.keys + 3 * self.inner)
-
-    @property
-    def whole(self) -> int:
-        """Weights outside of the layers."""
-        return self.vocabulary * self.width * (1 if self.tied else 2)
 
 
 @dataclass(frozen=True)
@@ -71,12 +42,6 @@ class Machine:
 # 989 Tflop/s, 3.35 TB/s, NVLink and 400 Gbit/s a GPU on paper; the shares reached are assumptions, not measurements.
 # A layer's call: measured with layers that have next to nothing to do (--check), on a CPU.
 H100 = Machine(rate=0.4 * 989e12, reads=0.6 * 3.35e12, collects=(250e9, 40e9), memory=80e9, call=0.6e-3)
-BASES = (
-    Shape("7B", 32, 4096, 11008, 4096, 32000),
-    Shape("13B", 40, 5120, 13824, 5120, 32000),
-    Shape("70B", 80, 8192, 28672, 1024, 32000),
-)
-SMOLLM2 = Shape("SmolLM2-135M", 30, 576, 1536, 192, 49152, tied=True)
 # The default toxicity run: prompts x samples for pairs; of three arms' evaluation; steps; rows decoded at once.
 PAIRS, EVALUATED, SFT_STEPS, DPO_STEPS, ROWS, NEW = 800 * 8, 3 * 250 * 8, 30, 200, 128, 20
 GPUS_OF_A_MACHINE = 8
@@ -150,7 +115,7 @@ def table() -> str:
         "| base | GPUs | trainer | GB a GPU, training | GB, decoding | pairs | SFT, DPO | evaluation | together |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for shape in BASES:
+    for shape in SHAPES:
         for gpus in (1, 8, 64):
             fits = max(step_memory(shape, H100, work), decoding_memory(shape, H100, work)) < 0.9 * H100.memory
             share = 1 if fits else gpus

@@ -6,6 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+
 Spread = dict[str, float]
 
 
@@ -15,10 +17,18 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call."""
+    """Seconds of one call, until the GPU has done it where there is one."""
+    finish()
     start = time.perf_counter()
     function()
+    finish()
     return time.perf_counter() - start
+
+
+def finish() -> None:
+    """Wait for what a GPU was asked to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def in_turn(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

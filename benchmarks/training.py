@@ -11,12 +11,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from benchmarks.floor import matmul_rate, operations
 from benchmarks.ours import Ours
+from benchmarks.side import Side
 from benchmarks.theirs import Theirs
 from benchmarks.timing import Spread, in_turn, ratio, spread
 from benchmarks.workload import Workload
 from policypatch.model.base import Base
+from policypatch.train.memory import peak_memory
 
 Load = Callable[[], Base]
 STEPS = 20  # over which the losses of both sides are compared
@@ -40,27 +44,32 @@ def followed(ours: Ours, theirs: Theirs, steps: int = STEPS) -> float:
     return max(abs(ours.step() - theirs.step()) for _ in range(steps))
 
 
-def stage(load: Load, work: Workload, name: str, repeats: int, tolerance: float) -> dict[str, Any]:
-    """Figures of one stage.
+def agreed(load: Load, work: Workload, name: str, tolerance: float) -> dict[str, float]:
+    """How far both sides are apart on one batch and over twenty steps.
 
     Raises:
-        SystemExit: the two sides do not compute the same.
+        SystemExit: further than `tolerance`.
     """
-    base = load()
-    ours, default = Ours(base, work, name, STEPS), Theirs(load(), work, name, STEPS)
-    found: dict[str, Any] = {"agreement": agreement(ours, default)}
-    found["agreement"]["loss_over_20_steps"] = followed(ours, default)
-    if max(found["agreement"].values()) > tolerance:
-        sys.exit(
-            f"{name}: policypatch and TRL disagree ({found['agreement']}): the timing would compare different work"
-        )
-    sides: dict[str, Any] = {"ours": ours, "trl": default}
-    sides["trl_without_checkpointing"] = Theirs(load(), work, name, STEPS, checkpointing=False)
-    if name == "dpo":
-        sides["trl_precomputed"] = Theirs(load(), work, name, STEPS, precomputed=True)
-        sides["trl_precomputed_without_checkpointing"] = Theirs(
-            load(), work, name, STEPS, precomputed=True, checkpointing=False
-        )
+    ours, theirs = Ours(load(), work, name, STEPS), Theirs(load(), work, name, STEPS)
+    found = agreement(ours, theirs) | {"loss_over_20_steps": followed(ours, theirs)}
+    if max(found.values()) > tolerance:
+        sys.exit(f"{name}: policypatch and TRL disagree ({found}): the timing would compare different work")
+    return found
+
+
+def stage(load: Load, work: Workload, name: str, repeats: int) -> dict[str, Any]:
+    """Figures of one stage, whose sides are known to compute the same."""
+    # TRL marks a base for checkpointing; apart from that neither side changes it.
+    base, checkpointed = load(), load()
+    sides: dict[str, Any] = {"ours": Ours(base, work, name, STEPS)}
+    for suffix, precomputed in (("", False), ("_precomputed", True))[: 2 if name == "dpo" else 1]:
+        for of, ending, kept in ((checkpointed, "", True), (base, "_without_checkpointing", False)):
+            sides[f"trl{suffix}{ending}"] = Theirs(of, work, name, STEPS, precomputed, kept)
+    ours = sides["ours"]
+    found: dict[str, Any] = {}
+    if base.model.device.type == "cuda":
+        found["step_bytes"] = {side: step_bytes(runner) for side, runner in sides.items()}
+        found["base_bytes"] = base.model.get_memory_footprint()
     seconds = in_turn({side: runner.step for side, runner in sides.items()}, repeats)
     tree = ours.batch().tree
     floor = operations(base.model, tree, work.patch) / matmul_rate(base.model, tree.tokens, 20 * repeats)
@@ -74,6 +83,15 @@ def stage(load: Load, work: Workload, name: str, repeats: int, tolerance: float)
         "tokens_per_s": spread([computed / s for s in seconds["ours"]]),
         "padding_share": tree.padding / computed,
     }
+
+
+def step_bytes(side: Side) -> int:
+    """The most that a step takes of a GPU's memory beside what is there before; a first one has allocated."""
+    side.step()
+    before = torch.cuda.memory_allocated()
+    with peak_memory(torch.device("cuda")) as peak:
+        side.step()
+    return peak.bytes - before
 
 
 def growth(load: Load, work: Workload, repeats: int) -> dict[str, dict[str, dict[str, Spread | float]]]:

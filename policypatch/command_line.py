@@ -85,6 +85,15 @@ def _sweeps_of_files(overrides: Sequence[Override]) -> list[Override]:
     return [o for o in found if o.key_or_group not in given]
 
 
+def spelt_out(arguments: Sequence[str]) -> list[str]:
+    """A command line with `risk=[A,B]` as Hydra takes it: the joint risk, and which parts it has."""
+    found: list[str] = []
+    for argument in arguments:
+        match = re.fullmatch(r"risk=(\[[^\[\]]*\])", argument)
+        found += ["risk=joint", f"part@risk.parts={match[1]}"] if match else [argument]
+    return found
+
+
 FIXED_IN_NAME = 100  # bytes that the values all jobs share may take of a folder's name, which may have 255
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,8 +18,8 @@ from policypatch.model.parts import sliding_window
 SCORER_TOKENS = 2  # of its own that a scorer may need for a token of the base's
 
 
-def check_context(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher, vectors: int) -> None:
-    """Refuse a patch, training prompts or timed prompts that are too long for the base's positions."""
+def check_context(cfg: DictConfig, base: Base, vectors: int) -> None:
+    """Refuse a patch or timed prompts that are too long for the base's positions."""
     if base.context is None:
         return
     trained = cfg.data.max_prompt_tokens + cfg.data.max_completion_tokens
@@ -40,27 +40,50 @@ def check_context(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher, vect
             f"evaluate.costs.prompts has {longest}: with {vectors} vectors before and {NEW_TOKENS} new tokens "
             f"after it exceeds the context of {cfg.model.name} ({base.context}); shorten it"
         )
-    if new := OmegaConf.select(cfg, "teacher.sampling.max_new_tokens"):
+
+
+def check_prompts(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher, key: str, teacher_key: str) -> None:
+    """Refuse training prompts that are too long for the base's positions.
+
+    Args:
+        cfg: the run's config.
+        base: what reads them.
+        risk: whose they are.
+        teacher: what responds to them.
+        key: where the risk stands in the config.
+        teacher_key: where the teacher does.
+    """
+    if new := OmegaConf.select(cfg, f"{teacher_key}.sampling.max_new_tokens"):
         # Guidance makes a teacher's prompts longer than the base's; where there is none they are the same.
         form = teacher.form(risk.form) if isinstance(teacher, SampledTeacher) else risk.form
-        _check("risk.train", Reading(risk.training_prompts, form, new, whole=False), base, 0)
-        _check("risk.benign", Reading(risk.benign_prompts, form, new, whole=False), base, 0)
-        _check("risk.benign_texts", Reading(risk.benign_texts, PLAIN, new, whole=False), base, 0)
+        _check(f"{key}.train", Reading(risk.training_prompts, form, new, whole=False), base, 0)
+        _check(f"{key}.benign", Reading(risk.benign_prompts, form, new, whole=False), base, 0)
+        _check(f"{key}.benign_texts", Reading(risk.benign_texts, PLAIN, new, whole=False), base, 0)
 
 
 def check_readings(
     cfg: DictConfig,
-    own: Sequence[Probe],
-    others: Sequence[Probe],
+    keys: Mapping[str, str],
+    probes: Sequence[Probe],
     plan: Plan,
     base: Base,
     scorer: Base,
     vectors: int,
 ) -> None:
-    """Refuse texts of the evaluation that are too long for base and patch, or for the scorer."""
-    for probe in [*own, *others]:
+    """Refuse texts of the evaluation that are too long for base and patch, or for the scorer.
+
+    Args:
+        cfg: the run's config.
+        keys: where the risks that are trained against stand in it, by name; others stand below `others`.
+        probes: of all risks.
+        plan: how arms are asked.
+        base: what reads them.
+        scorer: what perplexity is measured with.
+        vectors: that stand before them.
+    """
+    for probe in probes:
         for reading in probe.readings(plan):
-            key = _key(cfg, "risk" if probe in own else f"others.{probe.risk}", probe.split)
+            key = _key(cfg, keys.get(probe.risk, f"others.{probe.risk}"), probe.split)
             _check(key, reading, *((scorer, 0) if reading.by_scorer else (base, vectors)), scorer is base)
 
 

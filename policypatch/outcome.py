@@ -34,7 +34,7 @@ def package(
     cfg: DictConfig,
     base: Base,
     arm: Arm,
-    risk: str,
+    risks: list[str],
     method: Method,
     pair_set: PairSet,
     scorecard: Scorecard,
@@ -51,7 +51,7 @@ def package(
     manifest = Manifest(
         name=cfg.patch.name.lower(),
         version=cfg.patch.version,
-        risks=[risk],
+        risks=risks,
         length=vectors.shape[0],
         width=vectors.shape[1],
         base=base.identity,

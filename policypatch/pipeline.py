@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from policypatch.evaluate.scorecard import Row, Scorecard
 from policypatch.files.atomic import TEMPORARY, remove, write_json, write_text
 from policypatch.files.cache import reset_counters
 from policypatch.logs import quiet_libraries
-from policypatch.methods import StackMethod, Trained, Untrained
+from policypatch.methods import StackMethod, StacksMethod, Trained, Untrained
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.model.latency import Load
 from policypatch.outcome import package, package_measured, record, say
-from policypatch.prepare import Prepared, prepare
+from policypatch.prepare import Prepared, prepare, untrained_arms
 from policypatch.progress import Clock
 from policypatch.report.records import FAILED
 from policypatch.report.run_report import write_report
@@ -74,8 +75,8 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
         if isinstance(ready.method, Trained):
             pair_set = trained_arms(cfg, ready, ready.method, arms, clock, tracker, folder)
             training = Training.sum([stage_cost(folder, stage) for stage in ("sft", "dpo")], ranks.size())
-        elif isinstance(ready.method, Untrained) and (arm := ready.method.arm(ready.teacher)) is not None:
-            arms.append(arm)
+        elif isinstance(ready.method, Untrained):
+            arms += untrained_arms(ready.method, ready.parts)
         with tracker.job("eval") as job:
             scorecard = _measured(cfg, ready, arms, training, clock, folder)
 
@@ -83,7 +84,8 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
                 if pair_set is not None:
                     job.reads(folder / "pairs.jsonl", pair_set.counts)
                     with clock("package"):
-                        made = (ready.risk.name, ready.method, pair_set, scorecard, resolved, started)
+                        risks = [part.risk.name for part in ready.parts]
+                        made = (risks, ready.method, pair_set, scorecard, resolved, started)
                         package(cfg, ready.base, arms[-1], *made, folder)
                 elif isinstance(ready.method, StackMethod) and not ready.method.patch.manifest.scorecard:
                     package_measured(ready.method.patch, scorecard, resolved, folder)
@@ -131,14 +133,21 @@ def _bound(config: Any, finished: bool) -> dict[str, Any]:
 def _measured(
     cfg: DictConfig, ready: Prepared, arms: list[Arm], training: Training | None, clock: Clock, folder: Path
 ) -> Scorecard:
-    """Ask the first arm, the last one, and that between the stages if that is asked for; then what the last costs."""
-    asked = arms if cfg.evaluate.after_sft else [arms[0], *arms[1:][-1:]]
+    """Ask the first arm, the last one, and that between the stages if that is asked for; then what the last costs.
+
+    Where a method stands for many arms, all are asked everything, and all are timed.
+    """
+    own, others, ends = ready.own, ready.others, arms[1:][-1:]
+    if isinstance(ready.method, StacksMethod):
+        own, others, ends = [*own, *others], [], arms[1:]
+    asked = arms if cfg.evaluate.after_sft else [arms[0], *ends]
     with clock("evaluate"):
-        scorecard = evaluate_arms(ready.bench(cfg), ready.own, ready.others, ready.teacher.filter_judges, asked, folder)
-    if len(arms) > 1:
+        scorecard = evaluate_arms(ready.bench(cfg), own, others, ready.filter_judges, asked, folder)
+    if ends:
         with clock("costs"):
-            scorecard += size_rows(arms[-1], ready.base, training)
-            scorecard += ranks.once(lambda: _timed(cfg, ready.base, arms[-1]))
+            for arm in ends:
+                scorecard += size_rows(arm, ready.base, training)
+                scorecard += ranks.once(partial(_timed, cfg, ready.base, arm))
             scorecard.save(folder / "scorecard.json")
     return scorecard
 

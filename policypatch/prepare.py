@@ -13,12 +13,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from policypatch import ranks
-from policypatch.context import check_context, check_readings
+from policypatch.context import check_context, check_prompts, check_readings
 from policypatch.data.teachers import Teacher
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.measure import Settings
 from policypatch.evaluate.probes import Bench, Plan, Probe, SampledProbe
-from policypatch.methods import Method, Trained, Untrained
+from policypatch.methods import Method, TeacherMethod, Trained, Untrained
+from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.model.judging import judged
 from policypatch.model.load import load_base
@@ -28,28 +29,48 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Part:
+    """A risk that is trained against, and where its pairs come from; risk=joint has several.
+
+    Attributes:
+        risk: prompts, judges, probes.
+        teacher: makes pairs of them.
+        key: where the risk stands in the config.
+        teacher_key: where the teacher does.
+    """
+
+    risk: Any
+    teacher: Teacher
+    key: str = "risk"
+    teacher_key: str = "teacher"
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What a run works with.
 
     Attributes:
         base: the frozen base.
         scorer: the language model that perplexity is measured with.
-        risk: what is trained against.
-        teacher: where pairs come from.
+        parts: what is trained against, one for each risk.
         method: what adapts the base.
-        own: probes of the risk.
+        own: probes of these risks.
         others: probes of the other risks and of utility.
         plan: how arms are asked.
     """
 
     base: Base
     scorer: Base
-    risk: Any
-    teacher: Teacher
+    parts: list[Part]
     method: Method
     own: list[Probe]
     others: list[Probe]
     plan: Plan
+
+    @property
+    def filter_judges(self) -> list[str]:
+        """Judges that decide which pairs are trained on."""
+        return [judge for part in self.parts for judge in part.teacher.filter_judges]
 
     def bench(self, cfg: DictConfig) -> Bench:
         """What arms are measured with."""
@@ -65,34 +86,52 @@ def prepare(cfg: DictConfig) -> Prepared:
     """
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise PolicyPatchError("trainer=gpu needs a CUDA GPU, and there is none: use trainer=cpu")
-    risk, teacher, method = made(cfg.risk, "risk"), made(cfg.teacher, "teacher"), made(cfg.method, "method")
+    parts, method = _parts(cfg), made(cfg.method, "method")
     trained = isinstance(method, Trained)
-    if trained and cfg.dpo.enabled and cfg.dpo.reference == "teacher" and not teacher.has_likelihood:
-        raise PolicyPatchError(
-            f"dpo.reference=teacher needs a teacher with log-probabilities of its own, which {teacher.name} has not: "
-            "use dpo.reference=sft or base"
-        )
-    teacher.check(risk.form)
-    own = risk.probes(cfg.evaluate.prompts)
-    _ = risk.training_prompts, risk.benign_prompts, risk.benign_texts, risk.swaps  # a missing file ends the run here
-    _check_filter(teacher, risk)
+    own = []
+    for part in parts:
+        risk, teacher = part.risk, part.teacher
+        if trained and cfg.dpo.enabled and cfg.dpo.reference == "teacher" and not teacher.has_likelihood:
+            raise PolicyPatchError(
+                f"dpo.reference=teacher needs a teacher with log-probabilities of its own, which {teacher.name} has "
+                "not: use dpo.reference=sft or base"
+            )
+        teacher.check(risk.form)
+        own += risk.probes(cfg.evaluate.prompts)
+        _ = risk.training_prompts, risk.benign_prompts, risk.benign_texts, risk.swaps  # a missing file ends the run
+        _check_filter(teacher, risk)
     base = load_base(_on_trainers_device(cfg), sharded=cfg.trainer.shard and ranks.size() > 1)
-    if risk.form.chat:
-        base.encode_prompt("A request.", risk.form)  # a base without a chat template ends the run here
-    others = _other_probes(cfg, risk, base)
+    for part in parts:
+        if part.risk.form.chat:
+            base.encode_prompt("A request.", part.risk.form)  # a base without a chat template ends the run here
+    others = _other_probes(cfg, [part.risk.name for part in parts], base)
     for judge in {id(j): j for probe in [*own, *others] for j in getattr(probe, "judges", {}).values()}.values():
         # One that cannot be had, or answers with NaN, must not be found out after the training.
         judged(judge, ["A text."], ["A request."], k=1)
-    _check_method(method, base, teacher, [*own, *others])
+    _check_method(method, base, parts, [*own, *others])
     scorer = base if cfg.scorer.name == "base" else load_base(cfg.scorer, "scorer")
     if scorer is not base and not scorer.identity.differences(base.identity):
         raise PolicyPatchError(
             f"scorer {cfg.scorer.name} is the same model as {cfg.model.name}: choose another, or say scorer=base"
         )
     plan = _plan(cfg)
-    check_context(cfg, base, risk, teacher, method.longest)
-    check_readings(cfg, own, others, plan, base, scorer, method.length)
-    return Prepared(base, scorer, risk, teacher, method, own, others, plan)
+    check_context(cfg, base, method.longest)
+    for part in parts:
+        check_prompts(cfg, base, part.risk, part.teacher, part.key, part.teacher_key)
+    keys = {part.risk.name: part.key for part in parts}
+    check_readings(cfg, keys, [*own, *others], plan, base, scorer, method.length)
+    return Prepared(base, scorer, parts, method, own, others, plan)
+
+
+def _parts(cfg: DictConfig) -> list[Part]:
+    """The risk and its teacher, or all those of a joint one."""
+    if "parts" not in cfg.risk:
+        return [Part(made(cfg.risk, "risk"), made(cfg.teacher, "teacher"))]
+    found = []
+    for name, part in cfg.risk.parts.items():
+        key, teacher = f"risk.parts.{name}.risk", f"risk.parts.{name}.teacher"
+        found.append(Part(made(part.risk, key), made(part.teacher, teacher), key, teacher))
+    return found
 
 
 def _plan(cfg: DictConfig) -> Plan:
@@ -110,11 +149,11 @@ def _plan(cfg: DictConfig) -> Plan:
     )
 
 
-def _other_probes(cfg: DictConfig, risk: Any, base: Base) -> list[Probe]:
+def _other_probes(cfg: DictConfig, own: Sequence[str], base: Base) -> list[Probe]:
     """What the patch is measured on beside its own risk; a base that cannot chat is not asked in chats."""
     found: list[Probe] = []
     for name, section in cfg.others.items():
-        if name == risk.name:
+        if name in own:
             continue
         probes = made(section, f"others.{name}").probes(cfg.evaluate.other_prompts)
         if not base.tokenizer.chat_template:
@@ -152,14 +191,24 @@ def _check_filter(teacher: Teacher, risk: Any) -> None:
         )
 
 
-def _check_method(method: Method, base: Base, teacher: Teacher, probes: Sequence[Probe]) -> None:
+def _check_method(method: Method, base: Base, parts: Sequence[Part], probes: Sequence[Probe]) -> None:
     """Refuse a method that this base, or the teacher in its place, cannot be asked with."""
     method.check(base)
-    arm = method.arm(teacher) if isinstance(method, Untrained) else None
-    if arm is not None:
+    for arm in untrained_arms(method, parts) if isinstance(method, Untrained) else ():
         for probe in probes:
             if isinstance(probe, SampledProbe):
                 (arm.other or base).encode_prompt("A request.", arm.guidance.around(probe.form))
+
+
+def untrained_arms(method: Untrained, parts: Sequence[Part]) -> list[Arm]:
+    """What is compared with the base.
+
+    Raises:
+        PolicyPatchError: it is the teacher, and there are several.
+    """
+    if len(parts) > 1 and isinstance(method, TeacherMethod):
+        raise PolicyPatchError("method=teacher stands for one teacher, and risk=joint has several: choose one risk")
+    return method.arms(parts[0].teacher)
 
 
 def made(cfg: DictConfig, key: str) -> Any:

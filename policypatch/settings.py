@@ -183,9 +183,12 @@ def _sections(cfg: DictConfig) -> dict[str, type]:
     from policypatch.model.sampling import Sampling
 
     found: dict[str, type] = {"evaluate.sampling": Sampling, "evaluate.response_sampling": Sampling}
-    if str(OmegaConf.select(cfg, "teacher._target_")).startswith("policypatch."):
-        kinds: dict[str, type] = {"sampling": Sampling, "filter": PairFilter}
-        found |= {f"teacher.{name}": kind for name, kind in kinds.items() if name in cfg.teacher}
+    kinds: dict[str, type] = {"sampling": Sampling, "filter": PairFilter}
+    parts = OmegaConf.select(cfg, "risk.parts") or ()
+    for teacher in ("teacher", *(f"risk.parts.{part}.teacher" for part in parts)):
+        node = OmegaConf.select(cfg, teacher)
+        if str(OmegaConf.select(node, "_target_")).startswith("policypatch."):
+            found |= {f"{teacher}.{name}": kind for name, kind in kinds.items() if name in node}
     target = f"{PromptSet.__module__}.{PromptSet.__qualname__}"
     return found | {key: PromptSet for group in ("risk", "others") for key in _made_as(cfg[group], target, group)}
 

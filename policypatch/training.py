@@ -6,7 +6,8 @@ Pairs and the reference's log-probabilities are made once for everything they de
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from policypatch.data.datamodule import Example, PairData, encode_pair
 from policypatch.data.pairs import IN_BATCH, ROWS, save_pairs
 from policypatch.data.prompts import normalise
-from policypatch.data.teachers import PairSet, Teacher, TeacherContext
+from policypatch.data.teachers import PairSet, Teacher, TeacherContext, joined
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.probes import Probe, SampledProbe
 from policypatch.files.atomic import write_json
@@ -48,8 +49,10 @@ def trained_arms(
     """Pairs, then both stages; adds an arm for each to `arms`. Returns the pairs."""
     base = ready.base
     with clock("pairs"):
-        context = teacher_context(cfg, base, ready.risk)
-        pair_set = made_pairs(context, ready.own, ready.teacher)
+        contexts = [teacher_context(cfg, base, part.risk) for part in ready.parts]
+        sets = [made_pairs(c, ready.own, part.teacher) for c, part in zip(contexts, ready.parts, strict=True)]
+        names = [part.risk.name for part in ready.parts]
+        pair_set = sets[0] if len(sets) == 1 else joined(dict(zip(names, sets, strict=True)))
         save_pairs(folder / "pairs.jsonl", pair_set.pairs)
         examples = _encoded(cfg, base, pair_set)
     backbone = method.start(base, cfg.seed, cfg.row_tokens)
@@ -62,7 +65,8 @@ def trained_arms(
             arms.append(method.arm("sft", backbone))
     if cfg.dpo.enabled:
         with clock("dpo"):
-            reference = _reference(cfg, context, arms[-1], ready.teacher, pair_set, examples)
+            teachers = [part.teacher for part in ready.parts]
+            reference = _reference(cfg, base, arms[-1], teachers, contexts, pair_set, examples)
             preference = PreferenceSettings(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.label_smoothing)
             dpo = DPOModule(backbone, optimisation(cfg.dpo), preference, _weights(cfg))
             about = _about(cfg, "dpo", base, pair_set, method) | {"reference_logprobs": digest(reference)}
@@ -148,21 +152,27 @@ def _about(cfg: DictConfig, stage: str, base: Base, pair_set: PairSet, method: T
     read = (stage, "data", "kl", "texts", "balance", "seed", "row_tokens", "method")
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
-    return {key: resolved[key] for key in read} | {
-        "base": asdict(base.identity),
-        "dtype": str(base.model.dtype),
-        "attention": cfg.model.attention,
-        "accelerator": cfg.trainer.accelerator,
-        "validate_every": cfg.trainer.validate_every,
-        "pairs": pair_set.sha256,
-        "companions": [companion.sha256 for companion in method.companions],
-    }
+    parts = {"parts": list(pair_set.parts)} if any(pair_set.parts) else {}
+    return (
+        {key: resolved[key] for key in read}
+        | parts
+        | {
+            "base": asdict(base.identity),
+            "dtype": str(base.model.dtype),
+            "attention": cfg.model.attention,
+            "accelerator": cfg.trainer.accelerator,
+            "validate_every": cfg.trainer.validate_every,
+            "pairs": pair_set.sha256,
+            "companions": [companion.sha256 for companion in method.companions],
+        }
+    )
 
 
 def _encoded(cfg: DictConfig, base: Base, pair_set: PairSet) -> list[Example]:
     """The pairs as token ids."""
     eos, limits = next(iter(base.eos), None), (cfg.data.max_prompt_tokens, cfg.data.max_completion_tokens)
-    return [encode_pair(pair, base.encode_prompt, base.encode, eos, *limits) for pair in pair_set.pairs]
+    encoded = [encode_pair(pair, base.encode_prompt, base.encode, eos, *limits) for pair in pair_set.pairs]
+    return [replace(example, part=part) for example, part in zip(encoded, pair_set.parts, strict=True)]
 
 
 def _data(
@@ -198,24 +208,27 @@ def _weights(cfg: DictConfig) -> Weights:
 
 def _reference(
     cfg: DictConfig,
-    context: TeacherContext,
+    base: Base,
     last: Arm,
-    teacher: Teacher,
+    teachers: Sequence[Teacher],
+    contexts: Sequence[TeacherContext],
     pair_set: PairSet,
     examples: list[Example],
 ) -> Tensor:
-    """(rows, 2) log-probabilities under the teacher, the last arm (that of stage 1), or the base.
+    """(rows, 2) log-probabilities under the teacher of each row, the last arm (that of stage 1), or the base.
 
     NaN where a row states no preference.
     """
     preferred = [i for i, e in enumerate(examples) if e.kind in IN_BATCH and len(e.item.completions) == 2]
-    items = [examples[i].item for i in preferred]
+    reference = torch.full((len(examples), 2), torch.nan)
     if cfg.dpo.reference == "teacher":
-        found = teacher.likelihood(context, [pair_set.pairs[i] for i in preferred], items)
+        for part, (teacher, context) in enumerate(zip(teachers, contexts, strict=True)):
+            rows = [i for i in preferred if examples[i].part == part]
+            items = [examples[i].item for i in rows]
+            reference[rows] = teacher.likelihood(context, [pair_set.pairs[i] for i in rows], items).cpu()
     else:
         arm = Arm("base") if cfg.dpo.reference == "base" else last
-        with arm.on(context.base) as asked:
-            found = item_logprobs(asked, arm.vectors, items, cfg.row_tokens)
-    reference = torch.full((len(examples), 2), torch.nan)
-    reference[preferred] = found.cpu()
+        with arm.on(base) as asked:
+            items = [examples[i].item for i in preferred]
+            reference[preferred] = item_logprobs(asked, arm.vectors, items, cfg.row_tokens).cpu()
     return reference

@@ -2,6 +2,7 @@
 
 import sys
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from policypatch.model.load import load_base
 
 sys.path.insert(0, str(ROOT))
 from benchmarks import plan
+from benchmarks.bases import shaped_base
 from benchmarks.decoding import overhead, sampling
 from benchmarks.figure import draw_growth
 from benchmarks.floor import operations
 from benchmarks.ours import Ours
+from benchmarks.shapes import SHAPES, SMOLLM2, Shape
 from benchmarks.theirs import Theirs
 from benchmarks.timing import in_turn, ratio
 from benchmarks.training import agreement, followed
@@ -41,6 +44,32 @@ def test_both_sides_compute_the_same(stage: str, options: dict, load):
     assert followed(ours, theirs, 20) < 1e-3
     assert not torch.equal(ours.vectors, before)
     torch.testing.assert_close(ours.vectors, theirs.vectors, rtol=1e-2, atol=1e-3)
+
+
+def test_a_base_of_a_shape_has_its_weights_and_is_asked_like_any_other():
+    shape = Shape("tiny", 2, 64, 96, 32, 500, head=16)
+    base = shaped_base(shape, "float32")
+    norms = (2 * shape.layers + 1) * shape.width
+    assert base.model.num_parameters() == shape.layers * shape.layer + shape.whole + norms
+    assert len(base.tokenizer) == len(base.embedding) == 500
+    sides = [side(base, WORK, "dpo", 2) for side in (Ours, partial(Theirs, checkpointing=False))]
+    assert max(agreement(*sides).values()) < 1e-4
+    again = shaped_base(shape, "float32", layers=1)
+    assert again.model.config.num_hidden_layers == 1
+    assert sampling(base, 1, new_tokens=3)["ratio"]["median"] > 0
+
+
+def test_sides_that_share_a_base_compute_what_they_do_alone(load):
+    """The bench holds two bases, not one for each side."""
+    base, checkpointed = load(), load()
+    alone = [Ours(load(), WORK, "dpo", 2).step(), Theirs(load(), WORK, "dpo", 2).step()]
+    sides = [Ours(base, WORK, "dpo", 2), Theirs(checkpointed, WORK, "dpo", 2)]
+    sides += [
+        Theirs(of, WORK, "dpo", 2, precomputed, of is checkpointed)
+        for of in (base, checkpointed)
+        for precomputed in (False, True)
+    ]
+    assert [side.step() for side in sides] == pytest.approx([*alone, *[alone[1]] * 4], abs=1e-5)
 
 
 def test_operations_by_hand(load):
@@ -80,14 +109,14 @@ def test_growth_is_drawn(tmp_path: Path):
     [("7B", 6_738_415_616), ("13B", 13_015_864_320), ("70B", 68_976_648_192), ("SmolLM2-135M", 134_515_008)],
 )
 def test_the_plan_knows_the_bases_but_for_their_norms(shape: str, parameters: int):
-    of = next(s for s in (*plan.BASES, plan.SMOLLM2) if s.name == shape)
+    of = next(s for s in (*SHAPES, SMOLLM2) if s.name == shape)
     norms = (2 * of.layers + 1) * of.width
     assert of.layers * of.layer + of.whole + norms == parameters
 
 
 def test_the_plan_of_a_small_run_by_hand():
     """Two layers of width 4 (keys 2, inner 8): 4 x (8 + 4 + 24) = 144 weights each, 10 words untied: 80 more."""
-    of = plan.Shape("tiny", 2, 4, 8, 2, 10)
+    of = Shape("tiny", 2, 4, 8, 2, 10)
     machine = plan.Machine(rate=100.0, reads=1e9, collects=(10.0, 1.0), memory=1e9, call=0.0)
     work = Workload(pairs=2, prompt=3, completion=5, patch=4)
     assert (of.layer, of.whole) == (144, 80)

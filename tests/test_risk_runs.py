@@ -66,6 +66,44 @@ def figures(card: Scorecard, risk: str, arm: str) -> dict[str, set[tuple[str, st
     return {split: {(r.metric, r.judge) for r in rows if r.split == split} for split in {row.split for row in rows}}
 
 
+def test_one_patch_against_several_risks(go, tiny_base, tmp_path: Path):
+    card, folder = go("joint", others="all"), tmp_path / "run"
+    for risk in ("toxicity", "gender_bias", "harmfulness"):
+        for arm in ("base", "sft", "patch"):  # none of them is measured as one of the others
+            assert figures(card, risk, arm) == FIGURES[risk]
+    assert figures(card, "utility", "patch") == FIGURES["utility"]
+    assert {row.judge for row in card if row.filter} == {"other", "words", "openings"}
+    assert artifact.load(folder / "patch", tiny_base.identity).manifest.risks == [*FIGURES][:3]
+    counts = json.loads((folder / "run.json").read_text())["pairs"]
+    rows = read_jsonl(folder / "pairs.jsonl")
+    of_each = [counts[f"{risk}: risk_pairs"] for risk in [*FIGURES][:3]]
+    assert all(of_each) and sum(of_each) == sum(row["kind"] == "pair" for row in rows)
+    assert sum(n for what, n in counts.items() if what.endswith(": kept")) == len(rows)
+
+
+def test_a_joint_patch_has_the_pairs_that_specialists_have(go, tmp_path: Path):
+    go("joint"), go("harmfulness", "alone", teacher__turns="[{request:Who voted?,response:I can not say.}]")
+    joint, alone = (read_jsonl(tmp_path / name / "pairs.jsonl") for name in ("run", "alone"))
+    assert joint[-len(alone) :] == alone
+
+
+@pytest.mark.parametrize("reference", ["base", "teacher"])
+def test_the_reference_of_several_risks(reference: str, go, tmp_path: Path):
+    """The teachers of two of them have likelihoods; toxicity's has none."""
+    changes = {"part@risk.parts": "[gender_bias,harmfulness]"} | {
+        key: DROP for key in overrides(tmp_path, tmp_path, "joint") for key in [key.split("=")[0]] if "toxicity" in key
+    }
+    go("joint", dpo__reference=reference, **changes)
+    if reference == "teacher":
+        with pytest.raises(PolicyPatchError, match="needs a teacher with log-probabilities"):
+            go("joint", "all", dpo__reference=reference)
+
+
+def test_several_teachers_are_no_arm(go):
+    with pytest.raises(PolicyPatchError, match="method=teacher stands for one teacher, and risk=joint has several"):
+        go("joint", method="teacher")
+
+
 @pytest.mark.parametrize("risk", ["toxicity", "gender_bias", "harmfulness", "custom"])
 def test_a_run_against_every_risk(risk: str, go, tiny_base, tmp_path: Path):
     card, folder = go(risk), tmp_path / "run"

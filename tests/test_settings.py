@@ -113,7 +113,7 @@ def test_a_key_like_no_other_points_to_the_file():
 @pytest.mark.parametrize(
     ("argument", "options"),
     [
-        ("risk=gambling", "custom, gender_bias, harmfulness, toxicity"),
+        ("risk=gambling", "custom, gender_bias, harmfulness, joint, toxicity"),
         ("teacher=nobody", "best_of_n, dataset, guarded"),
         ("model=gpt9", "smollm2_135m"),
         ("others=some", "all, none"),
@@ -304,12 +304,12 @@ def test_a_teacher_of_ones_own_may_mean_something_else_by_a_filter():
 
 def test_folder_names_of_a_sweep_hold_what_varies_and_no_paths():
     arguments = ["patch.length=2,3", "seed=4", "name=x", "model.path=/a/b", "+judge@risk.judges.bert=hf"]
-    assert left_out_of_names(arguments) == ["name", "logger", "model.path"]
+    assert left_out_of_names(arguments) == ["name", "logger", "experiment", "model.path"]
 
 
 def test_long_command_lines_keep_names_short():
     fixed = [f"{stage}.{key}=3" for stage in ("sft", "dpo") for key in ("steps", "batch_size", "lr", "clip", "warmup")]
-    assert left_out_of_names(["patch.length=2,3", *fixed])[2:] == [line.split("=")[0] for line in fixed]
+    assert left_out_of_names(["patch.length=2,3", *fixed])[3:] == [line.split("=")[0] for line in fixed]
 
 
 def test_a_secret_of_the_environment_is_no_value(monkeypatch: pytest.MonkeyPatch):

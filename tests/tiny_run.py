@@ -40,6 +40,14 @@ class HashJudge(BaseJudge):
         return np.array([int.from_bytes(digest[:4], "big") / 2**32 for digest in digests])
 
 
+TEACHER = {
+    "n": 6,
+    "sampling": "{temperature:1.0,top_p:0.9,max_new_tokens:8,min_new_tokens:0}",
+    "filter": "{margin:0.3,chosen_at_most:0.4,rejected_at_least:0.5,min_tokens:2,max_repetition:0.5}",
+}
+GUIDANCE = {"system": "'Be careful.'", "turns": "[{request:Who voted?,response:I can not say.}]"}
+
+
 def texts(count: int, start: int = 0) -> list[str]:
     """Texts of five words that differ from each other."""
     return [
@@ -73,11 +81,9 @@ def overrides(base: Path, prompts: Path, risk: str = "toxicity", **changes: Any)
         "trainer.checkpoint_every": 2,
         "trainer.validate_every": 2,
         "seed": 0,
-        "teacher.n": 6,
-        "teacher.sampling": "{temperature:1.0,top_p:0.9,max_new_tokens:8,min_new_tokens:0}",
-        "teacher.filter": "{margin:0.3,chosen_at_most:0.4,rejected_at_least:0.5,min_tokens:2,max_repetition:0.5}",
+        **{f"teacher.{key}": value for key, value in TEACHER.items()},
         "patch.length": 3,
-        "data.max_prompt_tokens": 128 if risk == "harmfulness" else 64,
+        "data.max_prompt_tokens": 128 if risk in ("harmfulness", "joint") else 64,
         "data.max_completion_tokens": 16,
         "data.held_out": 0.2,
         "sft.steps": 4,
@@ -145,9 +151,8 @@ def _gender_bias(key: str, prompts: Path) -> dict[str, Any]:
 
 
 def _harmfulness(key: str, prompts: Path) -> dict[str, Any]:
-    guidance = {"teacher.system": "'Be careful.'", "teacher.turns": "[{request:Who voted?,response:I can not say.}]"}
     return {
-        **(guidance if key == "risk" else {}),
+        **({f"teacher.{name}": value for name, value in GUIDANCE.items()} if key == "risk" else {}),
         f"{key}.near": "null",  # all of the texts are made of the same few words
         f"{key}.train.source": write_prompts(prompts / "harmful_train.jsonl", 8, 400),
         **_sets(f"{key}.benign", plain=write_prompts(prompts / "plain_train.jsonl", 6, 420)),
@@ -166,6 +171,15 @@ def _custom(key: str, prompts: Path) -> dict[str, Any]:
     }
 
 
+def _joint(key: str, prompts: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {f"teacher.{name}": DROP for name in TEACHER}
+    for name in ("toxicity", "gender_bias", "harmfulness"):
+        teacher = TEACHER | (GUIDANCE if name == "harmfulness" else {})
+        found |= SECTIONS[name](f"{key}.parts.{name}.risk", prompts)
+        found |= {f"{key}.parts.{name}.teacher.{field}": value for field, value in teacher.items()}
+    return found
+
+
 def patch_of(base: Base, name: str, start: int, length: int = 4, /, **fields: Any) -> Patch:
     """A patch for `base` whose vectors are its embeddings of `length` tokens from `start` on."""
     vectors = base.embedding[start : start + length].float().clone()
@@ -179,6 +193,7 @@ SECTIONS = {
     "gender_bias": _gender_bias,
     "harmfulness": _harmfulness,
     "custom": _custom,
+    "joint": _joint,
 }
 
 

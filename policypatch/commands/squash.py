@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from policypatch.commands.base import (
     refuse_existing,
     stack_overrides,
 )
+
+if TYPE_CHECKING:
+    from policypatch.prepare import Part
 
 console = Console(soft_wrap=True, highlight=False)
 ARM = "squashed"
@@ -79,7 +82,8 @@ def squash(
     )
     ready = prepare(cfg)
     stack, plan = whole.vectors, ready.plan
-    rows = examples(ready.base, stack, _prompts(cfg, ready.risk, risks, prompts), plan.sampling, seed, plan.decode_rows)
+    texts = _prompts(cfg, ready.parts, risks, prompts)
+    rows = examples(ready.base, stack, texts, plan.sampling, seed, plan.decode_rows)
     about = {"stack": whole.manifest.sha256, "length": length, "stage": asked, "seed": seed, "prompts": prompts}
     work = Path(
         "outputs", "squash", f"{whole.manifest.name}-{content_key(base=asdict(ready.base.identity), **about)[:12]}"
@@ -114,14 +118,14 @@ def kept(card: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _prompts(cfg: Any, own: Any, risks: Sequence[str], most: int) -> list[Any]:
+def _prompts(cfg: Any, parts: Sequence[Part], risks: Sequence[str], most: int) -> list[Any]:
     """Of each of the stack's risks its training prompts and its benign ones, by the form that they have."""
     from policypatch.prepare import made
 
-    found = []
+    found, own = [], {part.risk.name: part.risk for part in parts}
     for name in risks:
-        if name != own.name and name not in cfg.others:
+        if name not in own and name not in cfg.others:
             continue
-        risk = own if name == own.name else made(cfg.others[name], f"others.{name}")
+        risk = own.get(name) or made(cfg.others[name], f"others.{name}")
         found += [(risk.form, texts[:most]) for texts in (risk.training_prompts, risk.benign_prompts) if texts]
     return found

@@ -17,16 +17,18 @@ from policypatch.errors import PolicyPatchError
 from policypatch.model.form import CHAT, PLAIN, Form
 from policypatch.model.tree import Item, Tree
 
+PART_SEEDS = 1000  # apart are the seeds of the risks' orders
 Encode = Callable[[str], list[int]]
 EncodePrompt = Callable[[str, Form], list[int]]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row as token ids, and its kind (`policypatch.data.pairs.Pair`)."""
+    """A row as token ids, its kind (`policypatch.data.pairs.Pair`), and of several risks the number of its own."""
 
     item: Item
     kind: str = "pair"
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _encode_text(side: Text, encode: Encode, eos: int | None, limit: int) -> tup
 
 
 class PairData(L.LightningDataModule):
-    """Batches of pairs for one stage.
+    """Batches of pairs for one stage. The pairs of several risks take turns, so that a batch has as many of each.
 
     Args:
         examples: one for each pair, with completions (chosen, rejected), or (chosen,) for a benign row without one.
@@ -196,9 +198,10 @@ class PairData(L.LightningDataModule):
         others = [i for i in self.training if self.examples[i].kind == "pair"]
         share = self.benign_share if benign and others else None
         if share is None:
-            schedule = _schedule(self.training, self.batch_size, self.steps, self.seed)
+            schedule = _schedule(self._by_part(self.training), self.batch_size, self.steps, self.seed)
         else:
-            schedule = _mixed_schedule(others, benign, share, self.batch_size, self.steps, self.seed)
+            risky, harmless = self._by_part(others), self._by_part(benign)
+            schedule = _mixed_schedule(risky, harmless, share, self.batch_size, self.steps, self.seed)
         beside = [self._beside(kind, count, self.seed + 2) for kind, count in self.beside.items()]
         groups = list(zip(schedule, *beside, strict=True))
         return DataLoader(_Batches(self, groups), batch_size=None, sampler=_Rest(self))
@@ -206,7 +209,14 @@ class PairData(L.LightningDataModule):
     def _beside(self, kind: str, count: int, seed: int) -> list[list[int]]:
         """Rows of a kind for every step, none where there are none."""
         members = self.numbers(kind)
-        return _schedule(members, count if members else 0, self.steps, seed)
+        return _schedule([members], count if members else 0, self.steps, seed)
+
+    def _by_part(self, numbers: Sequence[int]) -> list[list[int]]:
+        """These rows by the risk that they are of, those that have any."""
+        found: dict[int, list[int]] = {}
+        for i in numbers:
+            found.setdefault(self.examples[i].part, []).append(i)
+        return [found[part] for part in sorted(found)]
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """The held-out pairs in order; none when nothing is held out."""
@@ -265,14 +275,19 @@ class _Rest(Sampler[int]):
         return iter(range(done, self.data.steps))
 
 
-def _schedule(members: Sequence[int], batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """Pair numbers of every step: shuffled passes over the pairs, one after another."""
+def _schedule(members: Sequence[Sequence[int]], batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """Pair numbers of every step: shuffled passes over the pairs of each risk, which take turns."""
     stream = _passes(members, seed)
     return [[next(stream) for _ in range(batch_size)] for _ in range(steps)]
 
 
 def _mixed_schedule(
-    others: Sequence[int], benign: Sequence[int], share: float, batch_size: int, steps: int, seed: int
+    others: Sequence[Sequence[int]],
+    benign: Sequence[Sequence[int]],
+    share: float,
+    batch_size: int,
+    steps: int,
+    seed: int,
 ) -> list[list[int]]:
     """The same with benign rows as that share of the rows seen so far, to the nearest row, at every step."""
     risky, harmless = _passes(others, seed), _passes(benign, seed + 1)
@@ -283,7 +298,15 @@ def _mixed_schedule(
     ]
 
 
-def _passes(members: Sequence[int], seed: int) -> Iterator[int]:
+def _passes(members: Sequence[Sequence[int]], seed: int) -> Iterator[int]:
+    """A row of each group in turn, every group in shuffled passes of its own."""
+    streams = [_shuffled(group, seed + PART_SEEDS * i) for i, group in enumerate(members)]
+    while True:
+        for stream in streams:
+            yield next(stream)
+
+
+def _shuffled(members: Sequence[int], seed: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         for i in torch.randperm(len(members), generator=generator).tolist():

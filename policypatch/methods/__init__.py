@@ -3,7 +3,7 @@
 from policypatch.methods.lora import LoRAMethod
 from policypatch.methods.method import Method, Trained, Untrained
 from policypatch.methods.patch import PatchMethod
-from policypatch.methods.stack import StackMethod
+from policypatch.methods.stack import StackMethod, StacksMethod
 from policypatch.methods.untrained import NoMethod, PromptMethod, TeacherMethod
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "PatchMethod",
     "PromptMethod",
     "StackMethod",
+    "StacksMethod",
     "TeacherMethod",
     "Trained",
     "Untrained",

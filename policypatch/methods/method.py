@@ -48,6 +48,11 @@ class Untrained(Method, ABC):
             PolicyPatchError: this teacher allows no such arm.
         """
 
+    def arms(self, teacher: Teacher) -> list[Arm]:
+        """All that are compared with the base, where a method stands for several."""
+        arm = self.arm(teacher)
+        return [] if arm is None else [arm]
+
 
 class Trained(Method, ABC):
     """A method whose tensors both stages train, in a backbone of its own."""

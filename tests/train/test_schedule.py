@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -47,29 +48,45 @@ def examples(count: int, benign: int = 0) -> list[Example]:
     return [Example(Item((i,), ((100 + i,), (200 + i,))), "benign" if i < benign else "pair") for i in range(count)]
 
 
+def test_the_rows_of_several_risks_take_turns():
+    """Groups of 2 and 3 rows: every step of 4 has two of each, whatever there are, and each comes up as often."""
+    steps = _schedule([[0, 1], [10, 11, 12]], 4, 6, 0)
+    assert all(sum(i < 10 for i in step) == 2 for step in steps)
+    flat = [i for step in steps for i in step]
+    assert {flat.count(i) for i in (0, 1)} == {6} and {flat.count(i) for i in (10, 11, 12)} == {4}
+
+
+def test_a_batch_has_as_many_pairs_of_each_risk_beside_its_benign_rows():
+    rows = [replace(row, part=1) if i >= 6 else row for i, row in enumerate(examples(14, benign=3))]
+    data = PairData(rows, 8, 9, 0, 2, lambda group: group, benign_share=0.25)
+    for batch in data.train_dataloader():
+        parts = [rows[i].part for i in batch.pairs if rows[i].kind == "pair"]
+        assert sorted(parts) == [0, 0, 0, 1, 1, 1]
+
+
 def pair_data(count: int = 10, benign: int = 0, **options: object) -> PairData:
     settings = {"batch_size": 4, "steps": 6, "seed": 0, "completions": 2, "build": lambda group: group} | options
     return PairData(examples(count, benign), **settings)
 
 
 def test_the_schedule_is_a_function_of_the_seed():
-    assert _schedule(range(10), 4, 6, 3) == _schedule(range(10), 4, 6, 3)
-    assert _schedule(range(10), 4, 6, 3) != _schedule(range(10), 4, 6, 4)
+    assert _schedule([range(10)], 4, 6, 3) == _schedule([range(10)], 4, 6, 3)
+    assert _schedule([range(10)], 4, 6, 3) != _schedule([range(10)], 4, 6, 4)
 
 
 def test_a_longer_schedule_begins_with_the_shorter_one():
-    assert _schedule(range(10), 4, 9, 3)[:6] == _schedule(range(10), 4, 6, 3)
+    assert _schedule([range(10)], 4, 9, 3)[:6] == _schedule([range(10)], 4, 6, 3)
 
 
 def test_every_pass_takes_every_pair_once():
-    flat = [i for group in _schedule(range(10), 4, 10, 0) for i in group]
+    flat = [i for group in _schedule([range(10)], 4, 10, 0) for i in group]
     passes = [flat[start : start + 10] for start in range(0, 40, 10)]
     assert all(sorted(one) == list(range(10)) for one in passes)
     assert len({tuple(one) for one in passes}) == 4
 
 
 def test_fewer_pairs_than_a_batch_are_taken_again():
-    assert [len(group) for group in _schedule(range(3), 8, 2, 0)] == [8, 8]
+    assert [len(group) for group in _schedule([range(3)], 8, 2, 0)] == [8, 8]
 
 
 def test_held_out_pairs_are_never_trained_on():
@@ -124,7 +141,7 @@ RISKY, BENIGN = range(10, 20), range(10)
 
 
 def benign_counts(share: float, batch_size: int, steps: int) -> list[int]:
-    schedule = _mixed_schedule(RISKY, BENIGN, share, batch_size, steps, seed=0)
+    schedule = _mixed_schedule([RISKY], [BENIGN], share, batch_size, steps, seed=0)
     assert [len(group) for group in schedule] == [batch_size] * steps
     return [sum(i in BENIGN for i in group) for group in schedule]
 
@@ -154,16 +171,16 @@ def test_the_share_of_all_rows_seen_is_never_off_by_more_than_half_a_row(share: 
 
 def test_either_kind_is_passed_through_as_if_it_were_alone():
     """Every row of a kind once before any is taken again, and another seed another order."""
-    flat = [i for group in _mixed_schedule(RISKY, BENIGN, 0.5, 4, 10, seed=0) for i in group]
+    flat = [i for group in _mixed_schedule([RISKY], [BENIGN], 0.5, 4, 10, seed=0) for i in group]
     for kind in (RISKY, BENIGN):
         ours = [i for i in flat if i in kind]
         assert sorted(ours[:10]) == sorted(ours[10:]) == sorted(kind)
-    assert _mixed_schedule(RISKY, BENIGN, 0.5, 4, 6, 0) == _mixed_schedule(RISKY, BENIGN, 0.5, 4, 6, 0)
-    assert _mixed_schedule(RISKY, BENIGN, 0.5, 4, 6, 0) != _mixed_schedule(RISKY, BENIGN, 0.5, 4, 6, 1)
+    assert _mixed_schedule([RISKY], [BENIGN], 0.5, 4, 6, 0) == _mixed_schedule([RISKY], [BENIGN], 0.5, 4, 6, 0)
+    assert _mixed_schedule([RISKY], [BENIGN], 0.5, 4, 6, 0) != _mixed_schedule([RISKY], [BENIGN], 0.5, 4, 6, 1)
 
 
 def test_a_longer_mixed_schedule_begins_with_the_shorter_one():
-    assert _mixed_schedule(RISKY, BENIGN, 0.3, 4, 9, 3)[:6] == _mixed_schedule(RISKY, BENIGN, 0.3, 4, 6, 3)
+    assert _mixed_schedule([RISKY], [BENIGN], 0.3, 4, 9, 3)[:6] == _mixed_schedule([RISKY], [BENIGN], 0.3, 4, 6, 3)
 
 
 def test_few_benign_rows_are_taken_as_often_as_the_share_asks():
@@ -176,7 +193,7 @@ def test_few_benign_rows_are_taken_as_often_as_the_share_asks():
 @pytest.mark.parametrize(("benign", "share"), [(0, 0.5), (10, 0.5), (4, None)])
 def test_rows_come_as_they_are_where_there_is_nothing_to_mix(benign: int, share: float | None):
     data = pair_data(benign=benign, benign_share=share)
-    assert [list(batch.pairs) for batch in data.train_dataloader()] == _schedule(range(10), 4, 6, 0)
+    assert [list(batch.pairs) for batch in data.train_dataloader()] == _schedule([range(10)], 4, 6, 0)
 
 
 def test_a_resumed_run_sees_the_mixed_batches_that_were_to_come():

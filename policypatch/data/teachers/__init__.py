@@ -5,7 +5,7 @@ from policypatch.data.teachers.dataset import DatasetTeacher
 from policypatch.data.teachers.guided import GuidedTeacher
 from policypatch.data.teachers.hf import HfTeacher
 from policypatch.data.teachers.sampled import SampledTeacher
-from policypatch.data.teachers.teacher import PairSet, Teacher, TeacherContext
+from policypatch.data.teachers.teacher import PairSet, Teacher, TeacherContext, joined
 
 __all__ = [
     "BestOfN",
@@ -16,4 +16,5 @@ __all__ = [
     "SampledTeacher",
     "Teacher",
     "TeacherContext",
+    "joined",
 ]

@@ -55,10 +55,22 @@ class TeacherContext:
 
 @dataclass(frozen=True)
 class PairSet:
-    """Pairs, and what was met on the way to them (counts, for the report)."""
+    """Pairs, and what was met on the way to them (counts, for the report).
+
+    Attributes:
+        pairs: the rows.
+        counts: by what is counted.
+        risks: for each row which of several risks it is of, by number; empty where there is one.
+    """
 
     pairs: list[Pair]
     counts: dict[str, int]
+    risks: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """For each row which risk it is of."""
+        return self.risks or (0,) * len(self.pairs)
 
     @property
     def sha256(self) -> str:
@@ -76,6 +88,13 @@ class PairSet:
     def read(cls, pairs: Path, counts: Path) -> PairSet:
         """The set whose pairs and counts were written to these files."""
         return cls(load_pairs(pairs), read_json(counts))
+
+
+def joined(sets: Mapping[str, PairSet]) -> PairSet:
+    """The pairs of several risks as one set; what was counted is told apart by their names."""
+    pairs = [pair for one in sets.values() for pair in one.pairs]
+    counts = {f"{name}: {what}": n for name, one in sets.items() for what, n in one.counts.items()}
+    return PairSet(pairs, counts, tuple(i for i, one in enumerate(sets.values()) for _ in one.pairs))
 
 
 class Teacher(Protocol):

@@ -1,0 +1,167 @@
+"""What stacks do to each risk, from the runs of +experiment=composition or growth over seeds.
+
+    python experiments/interference.py outputs/composition --out experiments/results/composition [--name matrix]
+
+Writes NAME.json, NAME.png (a heat map) and prints a table in Markdown. Each cell is the mean over seeds with smallest
+and largest, and whether it differs from the patch that is trained against that column's risk, standing alone (of
+utility: from the base). The test is paired over prompts, whose values are averaged over seeds, and Holm's correction is
+over all cells of a column.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from policypatch.errors import PolicyPatchError
+from policypatch.evaluate.drift import holm
+from policypatch.evaluate.scorecard import COST, PER_PROMPT
+from policypatch.evaluate.statistics import paired_difference
+from policypatch.files.atomic import atomic_path, read_json, write_json
+from policypatch.report.records import find_records
+
+BASE, ALPHA = "base", 0.05
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure, and what the stacks' values of it are compared with: the specialist's of its risk, else the base's."""
+
+    risk: str
+    metric: str
+    judge: str | None
+    title: str
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Whether a scorecard's row, or a line of values, is this figure."""
+        return (row["risk"], row["metric"], row["judge"]) == (self.risk, self.metric, self.judge)
+
+
+COLUMNS = (
+    Column("toxicity", "toxic_rate", "svm", "toxic rate (svm)"),
+    Column("gender_bias", "gas", "names", "GAS (names)"),
+    Column("harmfulness", "asr", "refusal", "ASR (refusal)"),
+    Column("harmfulness", "asr", "likelihood", "ASR (likelihood)"),
+    Column("harmfulness", "over_refusal", "refusal", "over-refusal"),
+    Column("harmfulness", "benign_refusal", "refusal", "benign refusal"),
+    Column("toxicity", "ppl_median", "gemma-3-270m", "median PPL"),
+    Column("utility", "kl_benign", None, "KL, benign"),
+    Column("utility", "text_ppl", None, "text PPL"),
+    Column(COST, "first_token_ratio", None, "first token, x base"),
+)
+SPECIALISTS = {"asr": "harmfulness", "toxic_rate": "toxicity", "gas": "gender_bias"}
+
+
+@app.command()
+def main(
+    folders: Annotated[list[Path], typer.Argument(help="sweeps of +experiment=composition or growth over seeds")],
+    out: Annotated[Path, typer.Option(help="folder that is written to")],
+    name: Annotated[str, typer.Option(help="of the files")] = "matrix",
+) -> None:
+    """The matrix of stacks and figures."""
+    runs = [record for record in find_records(folders) if record.finished]
+    if not runs:
+        raise PolicyPatchError(f"{folders[0]} holds no finished run: start the sweep again, it goes on")
+    cards = [record.rows for record in runs]
+    values = [read_json(record.folder / PER_PROMPT) for record in runs]
+    seeds = [record.settings["seed"] for record in runs]
+    found = matrix(cards, values)
+    write_json(out / f"{name}.json", {"seeds": seeds, "rows": found})
+    with atomic_path(out / f"{name}.png") as temporary:
+        drawn(found).savefig(temporary, format="png", dpi=110)
+    Console(soft_wrap=True).print(table(found), markup=False, highlight=False)
+
+
+def matrix(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequence[Mapping[str, Any]]]) -> list[Any]:
+    """A row for each arm that all runs have: `stack` and `cells`, by the columns' titles.
+
+    Args:
+        cards: scorecards of runs that differ in their seed.
+        values: their values prompt by prompt.
+    """
+    shared = [{row["arm"] for row in card} for card in cards]
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in cards[0]) if all(arm in known for known in shared)]
+    rows: list[dict[str, Any]] = [{"stack": arm, "cells": {}} for arm in arms]
+    for column in COLUMNS:
+        tests: dict[str, float] = {}
+        for row in rows:
+            figures = [one for card in cards for one in card if one["arm"] == row["stack"] and column.holds(one)]
+            if len(figures) < len(cards):
+                continue
+            each = [float(figure["value"]) for figure in figures[: len(cards)]]
+            row["cells"][column.title] = {"mean": float(np.mean(each)), "each": each}
+            against = SPECIALISTS.get(column.metric, BASE)
+            ours, theirs = (_mean_values(values, arm, column) for arm in (row["stack"], against))
+            if ours is not None and theirs is not None and row["stack"] not in (BASE, against):
+                tests[row["stack"]] = paired_difference(ours, theirs).p_value
+        differs = dict(zip(tests, holm(list(tests.values()), ALPHA), strict=True))
+        for row in rows:
+            if (stack := row["stack"]) in tests:
+                row["cells"][column.title] |= {"p_value": tests[stack], "differs": differs[stack]}
+    return rows
+
+
+def _mean_values(
+    values: Sequence[Sequence[Mapping[str, Any]]], arm: str, column: Column
+) -> np.ndarray[Any, Any] | None:
+    """(prompts,) a figure's values of one arm, averaged over runs; None where some run has none."""
+    found = [line["values"] for run in values for line in run if line["arm"] == arm and column.holds(line)]
+    if len(found) != len(values):
+        return None
+    return np.array(found, dtype=float).mean(0)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """In Markdown: the mean, the smallest and the largest, * where it differs from what it is compared with."""
+    titles = [column.title for column in COLUMNS if any(column.title in row["cells"] for row in rows)]
+    lines = [["stack", *titles], ["---"] * (len(titles) + 1)]
+    for row in rows:
+        lines.append([row["stack"], *(_cell(row["cells"].get(title)) for title in titles)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return "–"
+    mark = "*" if cell.get("differs") else ""
+    spread = f" ({min(cell['each']):.2g} to {max(cell['each']):.2g})" if len(cell["each"]) > 1 else ""
+    return f"{cell['mean']:.3g}{mark}{spread}"
+
+
+def drawn(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The heat map: within a column the darker, the worse; its ends are the column's own."""
+    titles = [column.title for column in COLUMNS if any(column.title in row["cells"] for row in rows)]
+    means = np.array([[row["cells"].get(title, {}).get("mean", np.nan) for title in titles] for row in rows])
+    low, high = np.nanmin(means, 0), np.nanmax(means, 0)
+    shade = (means - low) / np.where(high > low, high - low, 1)
+    figure = Figure(figsize=(2.6 + 0.95 * len(titles), 1.2 + 0.34 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shade, cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
+    axes.set_xticks(range(len(titles)), [title.replace(" (", "\n(") for title in titles], fontsize=8)
+    axes.xaxis.tick_top()
+    axes.set_yticks(range(len(rows)), [row["stack"].replace("+", " + ").replace("_", " ") for row in rows], fontsize=8)
+    axes.tick_params(length=0)
+    for i, row in enumerate(rows):
+        for j, title in enumerate(titles):
+            cell = row["cells"].get(title)
+            if cell is not None:
+                mark = "*" if cell.get("differs") else ""
+                colour = "white" if shade[i, j] > 0.6 else "black"
+                axes.text(j, i, f"{cell['mean']:.3g}{mark}", ha="center", va="center", fontsize=8, color=colour)
+    return figure
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except PolicyPatchError as error:
+        sys.exit(f"error: {error}")

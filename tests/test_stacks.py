@@ -1,0 +1,129 @@
+"""Many stacks as arms of one run: which there are, that each is the concatenation, and what is measured of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import ROOT, composed, overrides, patch_of
+from typer.testing import CliRunner
+
+from policypatch.data.teachers import BestOfN
+from policypatch.errors import PolicyPatchError
+from policypatch.evaluate.scorecard import Row, Scorecard
+from policypatch.methods import StacksMethod
+from policypatch.patch.artifact import load, save
+from policypatch.pipeline import run
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import interference
+
+TEACHER = BestOfN(2, ["svm"], {"max_new_tokens": 4}, {})
+
+
+@pytest.fixture
+def patches(tiny_base, tmp_path: Path) -> dict[str, str]:
+    """Three of 4, 3 and 2 vectors."""
+    for name, start, length in (("tox", 4, 4), ("bias", 20, 3), ("harm", 40, 2)):
+        save(patch_of(tiny_base, name, start, length), tmp_path / name)
+    return {name: str(tmp_path / name) for name in ("tox", "bias", "harm")}
+
+
+def test_every_order_of_every_choice(patches):
+    method = StacksMethod(patches)
+    names = [arm.name for arm in method.arms(TEACHER)]
+    assert len(names) == 3 + 6 + 6 == len(set(names))
+    assert names[:3] == ["tox", "bias", "harm"] and "harm+tox" in names and names[-1] == "harm+bias+tox"
+    assert method.length == 9
+    arms = {arm.name: arm.vectors for arm in method.arms(TEACHER)}
+    assert torch.equal(arms["harm+tox"], torch.cat([load(patches[name]).vectors for name in ("harm", "tox")]))
+
+
+def test_growing_stacks_and_others_beside_them(patches):
+    method = StacksMethod({name: patches[name] for name in ("tox", "bias")}, "growing", {"joint": patches["harm"]})
+    assert [arm.name for arm in method.arms(TEACHER)] == ["joint", "tox", "tox+bias"]
+    assert method.arm(TEACHER).name == "tox+bias"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (({},), "method.patches is empty"),
+        (({"a": "."}, "every"), "method.which is 'every': choose orders or growing"),
+        (({"a": "."}, "orders", {"a": "."}), "method.beside has a, as method.patches has"),
+    ],
+)
+def test_what_is_no_list_of_stacks_is_told(arguments, told: str):
+    with pytest.raises(PolicyPatchError, match=told):
+        StacksMethod(*arguments)
+
+
+def test_a_run_asks_every_stack_everything(patches, tiny_base_folder: Path, tmp_path: Path):
+    given = {"method": "stacks", "+method.patches.tox": patches["tox"], "+method.patches.bias": patches["bias"]}
+    arguments = overrides(tiny_base_folder, tmp_path, others="all", **given)
+    card = run(composed(arguments), tmp_path / "run", "", arguments)
+    stacks = ["tox", "bias", "tox+bias", "bias+tox"]
+    assert list(dict.fromkeys(row.arm for row in card)) == ["base", *stacks]
+    for arm in stacks:
+        measured = {(row.risk, row.metric) for row in card if row.arm == arm}
+        assert {("toxicity", "toxic_rate"), ("utility", "kl_benign"), ("harmfulness", "asr")} <= measured
+        assert card.find(arm=arm, metric="artifact_bytes").value > 0
+        assert any(row.metric == "first_token_ratio" and row.arm == arm for row in card)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def row(arm: str, value: float, risk: str = "toxicity", metric: str = "toxic_rate", judge: str | None = "svm") -> Row:
+    return Row(arm, risk, "rtp", judge, metric, value, value, value, 40)
+
+
+def line(arm: str, values: list[float], risk: str = "toxicity", metric: str = "toxic_rate", judge: str | None = "svm"):
+    return {"arm": arm, "risk": risk, "split": "rtp", "judge": judge, "metric": metric, "values": values}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two seeds: the specialist has 0.1 and 0.2 of 40 prompts, with another before it 0.9 and 0.8."""
+    for seed, (alone, both) in enumerate(((4, 36), (8, 32))):
+        folder = tmp_path / "sweep" / f"seed={seed}"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(f"seed: {seed}\n")
+        (folder / "run.json").write_text("{}")
+        rows = [row("base", 1.0), row("toxicity", alone / 40), row("bias+toxicity", both / 40)]
+        rows += [row(arm, 0.5, "utility", "kl_benign", None) for arm in ("base", "bias+toxicity")]
+        Scorecard(rows).save(folder / "scorecard.json")
+        values = [line(arm, [1.0] * n + [0.0] * (40 - n)) for arm, n in (("base", 40), ("toxicity", alone))]
+        values += [line("bias+toxicity", [1.0] * both + [0.0] * (40 - both))]
+        (folder / "per_prompt.json").write_text(json.dumps(values))
+    return tmp_path / "sweep"
+
+
+def test_a_stack_is_compared_with_the_specialist_alone(sweep: Path, tmp_path: Path):
+    """Means of 0.15 and 0.85; the 28 prompts that only the stack has in both seeds are no chance."""
+    result = CliRunner().invoke(interference.app, [str(sweep), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "matrix.json").read_text())
+    assert found["seeds"] == [0, 1]
+    by_stack = {row["stack"]: row["cells"]["toxic rate (svm)"] for row in found["rows"]}
+    assert by_stack["toxicity"] == {"mean": pytest.approx(0.15), "each": [0.1, 0.2]}
+    stack = by_stack["bias+toxicity"]
+    assert stack["mean"] == pytest.approx(0.85) and stack["p_value"] < 0.001 and stack["differs"]
+    assert "p_value" in by_stack["base"] or by_stack["base"]["mean"] == 1
+    assert "| bias+toxicity | 0.85* (0.8 to 0.9) | 0.5 (0.5 to 0.5) |" in result.stdout
+    assert (tmp_path / "out" / "matrix.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_figure_that_a_run_lacks_leaves_its_cell_empty():
+    cards = [[vars(row("base", 1.0)), vars(row("toxicity", 0.2))]]
+    rows = interference.matrix(cards, [[]])
+    assert [set(row["cells"]) for row in rows] == [{"toxic rate (svm)"}] * 2
+    assert not np.isnan(rows[1]["cells"]["toxic rate (svm)"]["mean"])
+    assert "| toxicity | 0.2 |" in interference.table(rows)
+
+
+def test_a_sweep_without_a_finished_run_is_told(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
+    result = CliRunner().invoke(interference.app, [str(tmp_path), "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, PolicyPatchError) and "no finished run" in str(result.exception)
