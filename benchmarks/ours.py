@@ -12,7 +12,7 @@ from policypatch.train.dpo_module import DPOModule, PreferenceSettings
 from policypatch.train.module import Optimisation, StageModule
 from policypatch.train.sft_module import SFTModule
 
-ROW_TOKENS = 512
+ROW_TOKENS = {"cpu": 512, "cuda": 2048}  # a GPU has no use for short rows
 
 
 class Ours(Side):
@@ -26,7 +26,8 @@ class Ours(Side):
     """
 
     def __init__(self, base: Base, work: Workload, stage: str, steps: int = 1):
-        backbone = PrefixBackbone(base.model, work.vectors(base), ROW_TOKENS)
+        row_tokens = ROW_TOKENS[base.model.device.type]
+        backbone = PrefixBackbone(base.model, work.vectors(base), row_tokens)
         super().__init__(backbone.patch, steps)
         self.pairs = work.pairs
         examples = work.examples(base, steps)
@@ -34,7 +35,7 @@ class Ours(Side):
         self.module: StageModule
         if stage == "dpo":
             self.module = DPOModule(backbone, optimisation, PreferenceSettings(BETA))
-            reference = item_logprobs(base, None, [example.item for example in examples], ROW_TOKENS)
+            reference = item_logprobs(base, None, [example.item for example in examples], row_tokens)
         else:
             self.module = SFTModule(backbone, optimisation)
         self.data = PairData(examples, work.pairs, steps, 0, 2 if stage == "dpo" else 1, backbone.tree, reference)
@@ -45,6 +46,7 @@ class Ours(Side):
 
     def loss_of(self, batch: int) -> float:
         """As the stage computes it."""
-        loss = self.module.losses(self.batch(batch))["loss"].value
+        rows = self.batch(batch).to(self.vectors.device)
+        loss = self.module.losses(rows)["loss"].value
         loss.backward()
         return float(loss.detach())

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from benchmarks.workload import LEARNING_RATE
+from benchmarks.workload import EPS, LEARNING_RATE
 
 
 class Side(ABC):
@@ -20,7 +20,7 @@ class Side(ABC):
 
     def __init__(self, vectors: Tensor, batches: int):
         self.vectors, self._batches, self._taken = vectors, batches, 0
-        self._optimiser = torch.optim.AdamW([vectors], lr=LEARNING_RATE, weight_decay=0.0)
+        self._optimiser = torch.optim.AdamW([vectors], lr=LEARNING_RATE, eps=EPS, weight_decay=0.0)
 
     @abstractmethod
     def loss_of(self, batch: int) -> float:

@@ -12,6 +12,9 @@ from policypatch.model.base import Base
 from policypatch.model.tree import Item
 
 BETA, LEARNING_RATE = 0.1, 1e-3
+# AdamW's. Its first step is the learning rate in the direction of the sign of the gradient, also where that is rounding
+# noise, of which the two sides have different ones; a step of noise is small with this.
+EPS = 1e-5
 
 
 @dataclass(frozen=True)

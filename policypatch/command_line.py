@@ -45,7 +45,8 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         if from_files and not multirun:
             raise PolicyPatchError(f"{from_files[0].key_or_group} is swept by the experiment: add -m")
         overrides, swept = [*overrides, *from_files], [*swept, *from_files]
-        known = compose("config", overrides=[o.input_line or "" for o in overrides if o not in swept and _is_choice(o)])
+        chosen = [o.input_line or "" for o in overrides if o not in swept and (o.is_add() or _is_choice(o))]
+        known = compose("config", overrides=chosen)
         for override in overrides:
             _check_key(override, known, {o.key_or_group for o in swept})
         # One for all jobs.

@@ -273,10 +273,15 @@ def _attend(
     """The model's own attention, over the stack's keys and values and then its own."""
     state: Applied = module.__dict__[STATE]
     inner = ALL_ATTENTION_FUNCTIONS.get_interface(state.kind, _eager_of(module))
+    number = int(module.layer_idx)  # type: ignore[arg-type]
+    cache = None if state.cache is None else state.cache()
+    layer = None if cache is None or number >= len(cache.layers) else cache.layers[number]
+    whole = layer.whole(key, value) if isinstance(layer, BehindLayer) else None
+    batch, _, new, _ = query.shape
+    if new == 1 and attention_mask is None and whole is not None and len(state.rows) == 1 and state.positions is None:
+        return inner(module, query, *whole, None, **kwargs)  # a token of an answer, as nearly all are: all is seen
     if not state.longest:
         return inner(module, query, key, value, attention_mask, **kwargs)
-    batch, _, new, _ = query.shape
-    number = int(module.layer_idx)  # type: ignore[arg-type]
     keys, values, there = state.layer(number, batch)
     seen = None if there is None else there[:, None, None]  # (B, 1, 1, L)
     window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
@@ -284,9 +289,6 @@ def _attend(
         near = state.positions[:, None, :, None] - torch.arange(state.longest, device=query.device) < window
         seen = near if seen is None else seen & near
     mask = _widened(attention_mask, seen, state.longest, new, key.shape[2], query)
-    cache = None if state.cache is None else state.cache()
-    layer = None if cache is None or number >= len(cache.layers) else cache.layers[number]
-    whole = layer.whole(key, value) if isinstance(layer, BehindLayer) else None
     if whole is None:
         whole = torch.cat([keys, key], 2), torch.cat([values, value], 2)
     return inner(module, query, *whole, mask, **kwargs)

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-BLOCK = 2**19  # logits at once: 2 MB in float32
+BLOCK = 2**19  # logits at once: 2 MB in float32, which stay in a processor's cache
+GPU_BLOCK = 2**25  # 128 MB: a GPU takes as long to be asked for a small block as to compute a large one
 LEAST = 256  # words in a block, however many positions there are
 
 
@@ -141,7 +142,7 @@ def _blocks(model: PreTrainedModel, states: Tensor) -> Iterator[tuple[int, Tenso
     """The vocabulary's blocks: where each begins, its weights (B, D), finished logits (N, B) float32."""
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
-    size = max(LEAST, BLOCK // max(1, len(states)))
+    size = max(LEAST, (GPU_BLOCK if states.is_cuda else BLOCK) // max(1, len(states)))
     for start in range(0, len(head.weight), size):
         weight = head.weight[start : start + size]
         logits = torch.nn.functional.linear(states, weight, None if bias is None else bias[start : start + size])
