@@ -19,8 +19,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 def timed(function: Callable[[], object]) -> float:
     """Seconds of one call, until the GPU has done it where there is one, without collections of garbage."""
-    gc.collect()
-    gc.disable()  # of what other sides have left behind: a trainer's circles take as long as a step
+    gc.disable()  # of what other sides have left behind, which may take as long as a step on a GPU
     try:
         finish()
         start = time.perf_counter()
@@ -43,6 +42,7 @@ def in_turn(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict
         function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
+        gc.collect()
         for name, function in functions.items():
             seconds[name].append(timed(function))
     return seconds

@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from policypatch.errors import PolicyPatchError
+from policypatch.model.backbone import HALF_TOLERANCE, difference
 from policypatch.model.behind import BehindLayer, adopt
 from policypatch.model.parts import decoder_of, sliding_window
 from policypatch.patch.manifest import BaseIdentity
@@ -341,9 +342,9 @@ def _check(model: PreTrainedModel, vectors: Tensor) -> None:
         raise PolicyPatchError(
             f"{kind} is not supported: a patch cannot be put before its attention ({error})"
         ) from error
-    worst = ((ours - theirs).abs().max() / theirs.std().clamp(min=1e-6)).item()
-    if not worst <= (1e-3 if model.dtype == torch.float32 else 0.2):
+    off = difference(ours, theirs, model.dtype)
+    if not off <= (1e-3 if model.dtype == torch.float32 else HALF_TOLERANCE):
         raise PolicyPatchError(
-            f"{kind} is not supported: with the patch applied its logits differ by {worst:.1e} of their spread from "
+            f"{kind} is not supported: with the patch applied its logits differ by {off:.1e} of their spread from "
             "those of plain concatenation"
         )

@@ -21,6 +21,8 @@ from policypatch.model.parts import sliding_window
 from policypatch.model.sharded import is_sharded
 from policypatch.model.tree import Cost, Item, Tree, build_tree
 
+HALF_TOLERANCE = 0.125  # of `difference` in half precision
+
 
 class PrefixBackbone(nn.Module):
     """A frozen LM with a trainable patch in front.
@@ -197,6 +199,18 @@ def plain_logits(model: PreTrainedModel, patch: Tensor, prompt: list[int], compl
 
 
 @torch.no_grad()
+def difference(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> float:
+    """How far logits (N, V) are apart that should be the same, as a share of their spread.
+
+    In float32 the largest difference. In half precision single logits of a right computation are far apart (0.3 of
+    Gemma 3 270M on a GPU, whose kernels add in another order for another shape), so their root mean square: a mask or
+    positions that are ignored move all of them (0.25 of an MPT).
+    """
+    gap = (ours - theirs).float()
+    off = gap.abs().max() if dtype == torch.float32 else gap.square().mean().sqrt()
+    return (off / theirs.float().std().clamp(min=1e-6)).item()
+
+
 def check_tree(model: PreTrainedModel, tolerance: float = 1e-3) -> None:
     """Refuse an architecture on which the packed tree does not reproduce plain concatenation.
 
@@ -217,11 +231,10 @@ def check_tree(model: PreTrainedModel, tolerance: float = 1e-3) -> None:
             backbone = PrefixBackbone(model, patch, row_tokens)
             shared = backbone.logits(backbone.tree(items))
             plain = torch.cat([plain_logits(model, patch, [*i.prompt], [*c]) for i in items for c in i.completions])
-            worst = (shared - plain).abs().max().item() / max(plain.std().item(), 1e-6)
-            limit = tolerance if model.dtype == torch.float32 else 0.2  # half precision: rounding, not logic
-            if not worst <= limit:
+            off = difference(shared, plain, model.dtype)
+            if not off <= (tolerance if model.dtype == torch.float32 else HALF_TOLERANCE):
                 raise PolicyPatchError(
-                    f"{kind} is not supported: with a shared prefix its logits differ by {worst:.1e} of their spread "
+                    f"{kind} is not supported: with a shared prefix its logits differ by {off:.1e} of their spread "
                     "from those of plain concatenation (it ignores position ids or an explicit attention mask)"
                 )
     except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:

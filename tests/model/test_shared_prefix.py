@@ -9,7 +9,7 @@ import transformers as T
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.backbone import PrefixBackbone, check_tree, plain_logits
+from policypatch.model.backbone import PrefixBackbone, check_tree, difference, plain_logits
 from policypatch.model.tree import Item, build_tree
 
 CASES = {
@@ -129,6 +129,18 @@ UNSUPPORTED = {
 def test_unsupported_architecture_is_named(random_model, name):
     with pytest.raises(PolicyPatchError, match=f"{name} is not supported"):
         check_tree(random_model(UNSUPPORTED[name]()))
+
+
+def test_half_precision_is_no_excuse_for_an_architecture(random_model):
+    """Positions that are ignored move all logits, rounding moves few of them far."""
+    with pytest.raises(PolicyPatchError, match="MptForCausalLM is not supported"):
+        check_tree(random_model(UNSUPPORTED["MptForCausalLM"]()).to(torch.bfloat16))
+    theirs = torch.tensor([[1.0, -1.0] * 50])
+    ours = theirs.clone()
+    ours[0, 0] += 0.4
+    spread = theirs.std().item()
+    assert difference(ours, theirs, torch.float32) == pytest.approx(0.4 / spread)
+    assert difference(ours, theirs, torch.bfloat16) == pytest.approx(0.04 / spread)
 
 
 @pytest.fixture
