@@ -68,7 +68,7 @@ def compare(
     folders: Annotated[list[Path], typer.Argument(help="folders of sweeps or of runs")],
     out: Annotated[Path | None, typer.Option(help="folder that is written to; the first of the folders")] = None,
 ) -> None:
-    """Put runs side by side: compare.html, compare.csv and compare.md."""
+    """Put runs side by side: compare.html, .csv and .md, and the figures as SVG."""
     from policypatch.report.compare import compare as compared
     from policypatch.report.compare import say
 

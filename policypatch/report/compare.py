@@ -1,6 +1,6 @@
 """Runs side by side: which differ in what, what each came to, and those that failed; as a page, CSV and Markdown.
 
-compare([Path("outputs/length")], Path("outputs/length"))   # compare.html, compare.csv, compare.md
+compare([Path("outputs/length")], Path("outputs/length"))   # compare.html, .csv, .md, figures/
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ from policypatch.report.records import find_records
 
 
 def compare(folders: Sequence[Path], out: Path) -> Comparison:
-    """Compare the runs at or below these folders and write `compare.html`, `compare.csv` and `compare.md` into `out`.
+    """Compare the runs at or below these folders; `out` gets `compare.html`, `.csv`, `.md` and `figures/`, as SVG.
 
     Raises:
         PolicyPatchError: a folder without runs, or a file that cannot be read.
     """
+    from policypatch.report.compare_figures import panels
     from policypatch.report.compare_page import page
+    from policypatch.report.drawing import alone, slug
 
     found = comparison(find_records(folders))
     write_text(out / "compare.csv", tidy(found))
     rivals = against_patch(found)
     write_text(out / "compare.md", written(found, rivals))
-    write_text(out / "compare.html", page(found, rivals, out))
+    drawn = panels(found)
+    write_text(out / "compare.html", page(found, rivals, drawn, out))
+    for panel in drawn:
+        write_text(out / "figures" / f"{slug(panel.title)}.svg", alone(panel))
     return found
 
 

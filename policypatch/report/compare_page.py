@@ -11,16 +11,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from policypatch.report.compare_figures import panels
 from policypatch.report.compare_lines import Column, Comparison, Line
 from policypatch.report.compare_text import RIVALS, cell_text, heading, short, tables, value_text
+from policypatch.report.drawing import Panel
 from policypatch.report.metrics import METRICS
 from policypatch.report.page import TEMPLATES, render
 from policypatch.report.scorecard import LEVEL, effect_of
 
 
-def page(found: Comparison, rivals: Sequence[Sequence[str]], out: Path) -> str:
-    """The page, for the folder `out`, which it links to the runs' own reports from; `rivals`: see `against_patch`."""
+def page(found: Comparison, rivals: Sequence[Sequence[str]], panels: Sequence[Panel], out: Path) -> str:
+    """The page, for the folder `out`, which it links to the runs' own reports from.
+
+    Args:
+        found: what is compared.
+        rivals: see `against_patch`.
+        panels: its figures.
+        out: the folder.
+    """
     script = (TEMPLATES / "compare.js").read_text("utf-8").strip()
     functions = {"cell_text": cell_text, "effect": _effect, "sort_value": _sort_value}
     return render(
@@ -32,7 +39,7 @@ def page(found: Comparison, rivals: Sequence[Sequence[str]], out: Path) -> str:
         tables=[table for table in tables(found) if table.lines],
         rivals=rivals,
         rivals_note=RIVALS,
-        panels=panels(found),
+        panels=panels,
         commands=sorted({str(record.run.get("command")) for record in found.records if record.run.get("command")}),
         versions=next((record.run.get("versions") for record in found.records if record.run.get("versions")), {}),
         script=script,

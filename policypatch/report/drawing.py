@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 360, 216  # user units; text is 11 of them, so that one unit is about one CSS pixel
+TITLE = 24  # of them above a panel that stands alone
 _RC: Any = {  # matplotlib types it as a dict of literal keys
     "svg.fonttype": "none",
     "font.size": 11,
@@ -68,6 +69,21 @@ class Panel:
     title: str
     svg: Markup
     note: str = ""
+
+
+def alone(panel: Panel) -> str:
+    """A panel as a file of its own, for a paper or a README: on white, under its title."""
+    head, _, body = str(panel.svg).partition(">")
+    head = head.replace(f'viewBox="0 0 {WIDTH} {HEIGHT}"', f'viewBox="0 -{TITLE} {WIDTH} {HEIGHT + TITLE}"')
+    head = head.replace('font-family="inherit"', 'font-family="sans-serif"')
+    ground = f'<rect y="-{TITLE}" width="100%" height="100%" fill="white"/>'
+    title = f'<text x="8" y="-{TITLE - 16}" font-size="12" font-weight="bold" fill="{INK}">{escape(panel.title)}</text>'
+    return f"{head}>{ground}{title}{body}"
+
+
+def slug(title: str) -> str:
+    """A title as the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")
 
 
 def arm_styles(arms: Iterable[str]) -> dict[str, ArmStyle]:

@@ -6,14 +6,16 @@ from pathlib import Path
 import hydra
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from tiny_run import ROOT, composed, overrides
+from tiny_run import ROOT, SECTIONS, composed, overrides, patch_of
 
 from policypatch.command_line import check_overrides
+from policypatch.patch.artifact import save
 from policypatch.pipeline import run
 from policypatch.settings import check
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments" / "experiment").glob("*.yaml"))
-NAMED = ("length", "beta", "init", "stages", "reference", "lora", "seeds", "headline")
+NAMED = ("length", "beta", "init", "stages", "reference", "lora", "seeds", "headline", "composition")
+SPECIALISTS = ("toxicity", "gender_bias", "harmfulness")
 
 
 def text_of(name: str) -> str:
@@ -30,8 +32,8 @@ def values_of(name: str) -> dict[str, list[str]]:
 
 
 def jobs_of(name: str) -> list[list[str]]:
-    """As few jobs as hold every value once."""
-    values = values_of(name)
+    """As few jobs as hold every value once, but for seeds, of which one is enough."""
+    values = {key: known[:1] if key == "seed" else known for key, known in values_of(name).items()}
     rows = zip_longest(*values.values())
     first = [v[0] for v in values.values()]
     return [[f"{k}={v or f}" for k, v, f in zip(values, row, first, strict=True)] for row in rows]
@@ -58,10 +60,22 @@ def test_it_is_a_valid_sweep_and_its_folder_has_its_name(name: str):
     assert cfg.name == name
 
 
+@pytest.fixture
+def with_patches(tiny_base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the experiments that others build upon leave, in the folders that Hydra gives them."""
+    folders = [f"headline/risk={risk},seed=0" for risk in SPECIALISTS] + ["joint/seed=0"]
+    folders += [f"policies/+policy={policy}" for policy in ("digits", "quotes", "first_person")]
+    for start, folder in enumerate(folders):
+        save(patch_of(tiny_base, f"patch{start}", 4 + start, 2), tmp_path / "outputs" / folder / "patch")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("with_patches")
 @pytest.mark.parametrize(("name", "job"), JOBS, ids=lambda part: part if isinstance(part, str) else ",".join(part))
 def test_every_value_runs_for_a_step(name: str, job: list[str], tiny_base_folder: Path, tmp_path: Path):
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         risk = hydra.compose("config", overrides=[f"+experiment={name}", *job]).risk.name
+    risk = risk if risk in SECTIONS else "custom"
     keys = {override.partition("=")[0] for override in job}
     small = {"sft__steps": 1, "dpo__steps": 1, "others": "none", "evaluate__costs": "{prompts:[],batches:[],repeats:1}"}
     tiny = overrides(tiny_base_folder, tmp_path, risk, **small)

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from policypatch.report.compare import compare, written
 from policypatch.report.compare_figures import _front, panels
 from policypatch.report.compare_lines import Column, comparison
 from policypatch.report.compare_text import short, tidy
+from policypatch.report.drawing import slug
 from policypatch.report.records import FAILED, UNFINISHED, differing, find_records
 
 TOXIC = Column("toxicity", "rtp", "toxic_rate", "svm")
@@ -359,3 +362,15 @@ def test_settings_are_in_order_and_numbers_are_no_truth_values(sweep: Path):
     found = comparison(find_records([sweep]))
     assert [line.values["patch.length"] for line in found.lines[1:]] == [1, 1, 10, 10, 50, 50]
     assert "| patch | 1 | 1 |" in written(found)
+
+
+def test_every_figure_is_a_file_of_its_own(sweep: Path, tmp_path: Path):
+    found = compare([sweep], tmp_path / "out")
+    files = sorted((tmp_path / "out" / "figures").glob("*.svg"))
+    assert len(files) == len({panel.title for panel in panels(found)}) > 1
+    for path in files:
+        root = ET.parse(path).getroot()
+        assert root.tag.endswith("svg") and root[0].get("fill") == "white"
+        assert root[1].text and slug(root[1].text) == path.stem
+        # Every colour of the page's falls back on one of its own.
+        assert not re.search(r"var\(--[\w-]+\)", path.read_text())
