@@ -113,10 +113,12 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=decoding.NEW_TOKENS, help="of an answer whose cost is timed")
     arguments = parser.parse_args()
     shape = next((shape for shape in SHAPES if shape.name == arguments.base), None)
+    if shape is not None and "memory" in (arguments.parts or ""):
+        parser.error("--parts memory is of the default base: another one's is measured where it is trained, on a GPU")
     usual = [part for part in PARTS if shape is None or part != "memory"]
     parts = arguments.parts.split(",") if arguments.parts else usual
     fast = ["bfloat16"] if choose_dtype("auto") is torch.bfloat16 else []
-    dtypes = arguments.dtypes.split(",") if arguments.dtypes else fast if shape else ["float32", *fast]
+    dtypes = arguments.dtypes.split(",") if arguments.dtypes else ["bfloat16"] if shape else ["float32", *fast]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts names {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     quiet_libraries()

@@ -46,7 +46,7 @@ H100 = Machine(rate=0.4 * 989e12, reads=0.6 * 3.35e12, collects=(250e9, 40e9), m
 PAIRS, EVALUATED, SFT_STEPS, DPO_STEPS, ROWS, NEW = 800 * 8, 3 * 250 * 8, 30, 200, 128, 20
 GPUS_OF_A_MACHINE = 8
 # What was measured of what the model says of the 7B shape on an H200 (results/7B.json): memory of a DPO step beside the
-# base (2.03 of 1.94 GB), time of one (75 of 58 ms).
+# base (2.03 of 1.96 GB), time of one among its like (75 of 58 ms).
 MEMORY_OF_MODEL, TIME_OF_MODEL = 1.05, 1.3
 
 

@@ -41,7 +41,7 @@ class Theirs(Side):
     """One stage on a base of its own: PEFT wraps the model that it is given.
 
     Args:
-        base: loaded.
+        base: loaded; with `checkpointing` it is marked for it, otherwise it stays as it is.
         work: what a step is.
         stage: `sft` or `dpo`.
         steps: different batches.

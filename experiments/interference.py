@@ -3,9 +3,9 @@
     python experiments/interference.py outputs/composition --out experiments/results/composition [--name matrix]
 
 Writes NAME.json, NAME.png (a heat map) and prints a table in Markdown. Each cell is the mean over seeds with smallest
-and largest, and whether it differs from the patch that is trained against that column's risk, standing alone (of
-utility: from the base). The test is paired over prompts, whose values are averaged over seeds, and Holm's correction is
-over all cells of a column.
+and largest, and whether it differs from the patch that is trained against that column's risk, standing alone, which is
+called by the risk's name (where a column is no risk of its own, from the base); ? where that is not among the arms. The
+test is paired over prompts, whose values are averaged over seeds, and Holm's correction is over all cells of a column.
 """
 
 from __future__ import annotations
@@ -94,13 +94,15 @@ def matrix(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequen
     for column in COLUMNS:
         tests: dict[str, float] = {}
         for row in rows:
-            figures = [one for card in cards for one in card if one["arm"] == row["stack"] and column.holds(one)]
-            if len(figures) < len(cards):
+            split = next((one["split"] for one in cards[0] if column.holds(one)), None)
+            here = [[one for one in of if _at(one, row["stack"], column, split)] for of in cards]
+            if not all(here):
                 continue
-            each = [float(figure["value"]) for figure in figures[: len(cards)]]
-            row["cells"][column.title] = {"mean": float(np.mean(each)), "each": each}
+            each = [float(found[0]["value"]) for found in here]
             against = SPECIALISTS.get(column.metric, BASE)
-            ours, theirs = (_mean_values(values, arm, column) for arm in (row["stack"], against))
+            row["cells"][column.title] = {"mean": float(np.mean(each)), "each": each, "against": against}
+            ours, theirs = (_mean_values(values, arm, column, split) for arm in (row["stack"], against))
+            row["cells"][column.title]["itself"] = row["stack"] in (BASE, against)
             if ours is not None and theirs is not None and row["stack"] not in (BASE, against):
                 tests[row["stack"]] = paired_difference(ours, theirs).p_value
         differs = dict(zip(tests, holm(list(tests.values()), ALPHA), strict=True))
@@ -110,14 +112,17 @@ def matrix(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequen
     return rows
 
 
+def _at(line: Mapping[str, Any], arm: str, column: Column, split: str | None) -> bool:
+    """Whether a scorecard's row, or a line of values, is this arm's figure on the set that speaks for it."""
+    return line["arm"] == arm and line["split"] == split and column.holds(line)
+
+
 def _mean_values(
-    values: Sequence[Sequence[Mapping[str, Any]]], arm: str, column: Column
+    values: Sequence[Sequence[Mapping[str, Any]]], arm: str, column: Column, split: str | None
 ) -> np.ndarray[Any, Any] | None:
     """(prompts,) a figure's values of one arm, averaged over runs; None where some run has none."""
-    found = [line["values"] for run in values for line in run if line["arm"] == arm and column.holds(line)]
-    if len(found) != len(values):
-        return None
-    return np.array(found, dtype=float).mean(0)
+    found = [[line["values"] for line in run if _at(line, arm, column, split)] for run in values]
+    return np.array([of[0] for of in found], dtype=float).mean(0) if all(found) else None
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -132,9 +137,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return "–"
-    mark = "*" if cell.get("differs") else ""
+    mark = _mark(cell)
     spread = f" ({min(cell['each']):.2g} to {max(cell['each']):.2g})" if len(cell["each"]) > 1 else ""
     return f"{cell['mean']:.3g}{mark}{spread}"
+
+
+def _mark(cell: Mapping[str, Any]) -> str:
+    if cell.get("differs") is None:
+        return "" if cell["against"] == BASE or cell.get("itself") else "?"
+    return "*" if cell["differs"] else ""
 
 
 def drawn(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -154,9 +165,8 @@ def drawn(rows: Sequence[Mapping[str, Any]]) -> Figure:
         for j, title in enumerate(titles):
             cell = row["cells"].get(title)
             if cell is not None:
-                mark = "*" if cell.get("differs") else ""
                 colour = "white" if shade[i, j] > 0.6 else "black"
-                axes.text(j, i, f"{cell['mean']:.3g}{mark}", ha="center", va="center", fontsize=8, color=colour)
+                axes.text(j, i, f"{cell['mean']:.3g}{_mark(cell)}", ha="center", va="center", fontsize=8, color=colour)
     return figure
 
 

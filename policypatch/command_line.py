@@ -90,7 +90,7 @@ def spelt_out(arguments: Sequence[str]) -> list[str]:
     """A command line with `risk=[A,B]` as Hydra takes it: the joint risk, and which parts it has."""
     found: list[str] = []
     for argument in arguments:
-        match = re.fullmatch(r"risk=(\[[^\[\]]*\])", argument)
+        match = re.fullmatch(r"risk=(\[[^\[\]]+\])", argument)
         found += ["risk=joint", f"part@risk.parts={match[1]}"] if match else [argument]
     return found
 
@@ -105,8 +105,9 @@ def left_out_of_names(arguments: Sequence[str]) -> list[str]:
     where names would grow too long. Must run inside `hydra.initialize*`.
     """
     hydra_cfg = compose("config", return_hydra_config=True).hydra
-    out = list(hydra_cfg.job.config.override_dirname.exclude_keys)
     fixed = {o.key_or_group: o.input_line or "" for o in _parse(arguments) if not o.is_sweep_override()}
+    out = list(hydra_cfg.job.config.override_dirname.exclude_keys)
+    out += ["experiment"] if "experiment" in fixed else []  # it has given the sweep its folder
     shown = {key: line for key, line in fixed.items() if key not in out and "/" not in line}
     too_long = sum(len(line.encode()) + 1 for line in shown.values()) > FIXED_IN_NAME
     return [*out, *(key for key in fixed if key not in out and (too_long or key not in shown))]

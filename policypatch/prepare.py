@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,14 +38,33 @@ class Part:
     Attributes:
         risk: prompts, judges, probes.
         teacher: makes pairs of them.
+        limit: prompts of each of its sets that arms are asked, None for all.
         key: where the risk stands in the config.
         teacher_key: where the teacher does.
     """
 
     risk: Any
     teacher: Teacher
+    limit: int | None
     key: str = "risk"
     teacher_key: str = "teacher"
+
+    @cached_property
+    def probes(self) -> list[Probe]:
+        """What arms are asked about the risk."""
+        return list(self.risk.probes(self.limit))
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """What goes wrong meanwhile is told by the part's own keys."""
+        try:
+            yield
+        except PolicyPatchError as error:
+            told, keys = str(error), {"risk": self.key, "teacher": self.teacher_key}
+            if self.key == "risk" or self.key in told or self.teacher_key in told:
+                raise
+            told = re.sub(r"\b(risk|teacher)\.(?=[a-z])", lambda found: f"{keys[found[1]]}.", told)
+            raise PolicyPatchError(told) from error
 
 
 @dataclass(frozen=True)
@@ -88,18 +110,10 @@ def prepare(cfg: DictConfig) -> Prepared:
         raise PolicyPatchError("trainer=gpu needs a CUDA GPU, and there is none: use trainer=cpu")
     parts, method = _parts(cfg), made(cfg.method, "method")
     trained = isinstance(method, Trained)
-    own = []
     for part in parts:
-        risk, teacher = part.risk, part.teacher
-        if trained and cfg.dpo.enabled and cfg.dpo.reference == "teacher" and not teacher.has_likelihood:
-            raise PolicyPatchError(
-                f"dpo.reference=teacher needs a teacher with log-probabilities of its own, which {teacher.name} has "
-                "not: use dpo.reference=sft or base"
-            )
-        teacher.check(risk.form)
-        own += risk.probes(cfg.evaluate.prompts)
-        _ = risk.training_prompts, risk.benign_prompts, risk.benign_texts, risk.swaps  # a missing file ends the run
-        _check_filter(teacher, risk)
+        with part.named():
+            _check_part(cfg, part, trained)
+    own = [probe for part in parts for probe in part.probes]
     base = load_base(_on_trainers_device(cfg), sharded=cfg.trainer.shard and ranks.size() > 1)
     for part in parts:
         if part.risk.form.chat:
@@ -125,13 +139,30 @@ def prepare(cfg: DictConfig) -> Prepared:
 
 def _parts(cfg: DictConfig) -> list[Part]:
     """The risk and its teacher, or all those of a joint one."""
+    limit = cfg.evaluate.prompts
     if "parts" not in cfg.risk:
-        return [Part(made(cfg.risk, "risk"), made(cfg.teacher, "teacher"))]
+        return [Part(made(cfg.risk, "risk"), made(cfg.teacher, "teacher"), limit)]
     found = []
     for name, part in cfg.risk.parts.items():
         key, teacher = f"risk.parts.{name}.risk", f"risk.parts.{name}.teacher"
-        found.append(Part(made(part.risk, key), made(part.teacher, teacher), key, teacher))
+        found.append(Part(made(part.risk, key), made(part.teacher, teacher), limit, key, teacher))
+    names = [part.risk.name for part in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise PolicyPatchError(f"risk.parts has two risks that are called {twice[0]}: give one another name")
     return found
+
+
+def _check_part(cfg: DictConfig, part: Part, trained: bool) -> None:
+    """Refuse a teacher that cannot do what is asked of it; a missing file ends the run here."""
+    risk, teacher = part.risk, part.teacher
+    if trained and cfg.dpo.enabled and cfg.dpo.reference == "teacher" and not teacher.has_likelihood:
+        raise PolicyPatchError(
+            f"dpo.reference=teacher needs a teacher with log-probabilities of its own, which {teacher.name} has not: "
+            "use dpo.reference=sft or base"
+        )
+    teacher.check(risk.form)
+    _ = part.probes, risk.training_prompts, risk.benign_prompts, risk.benign_texts, risk.swaps
+    _check_filter(teacher, risk)
 
 
 def _plan(cfg: DictConfig) -> Plan:

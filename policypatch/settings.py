@@ -97,6 +97,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         PolicyPatchError: naming the key, its value and what is allowed.
     """
+    _check_parts(cfg)
     if missing := OmegaConf.missing_keys(cfg):
         raise PolicyPatchError(f"{sorted(missing)[0]} is not set: give it a value on the command line")
     _refuse_secrets(cfg)
@@ -143,6 +144,22 @@ def check(cfg: DictConfig) -> None:
         )
     for key, kind in _sections(cfg).items():
         _check_section(cfg, key, kind)
+
+
+def _check_parts(cfg: DictConfig) -> None:
+    """Refuse a teacher for all risks of risk=joint, which each have their own, and what has no risk at all."""
+    joint = "parts" in cfg.risk
+    if (joint and not cfg.risk.parts) or "name" not in cfg.risk:
+        raise PolicyPatchError("risk names no risk: choose files of conf/risk/, as risk=[toxicity,harmfulness]")
+    if joint and "_target_" in cfg.teacher:
+        raise PolicyPatchError(
+            "risk=joint has a teacher for each risk: say teacher@risk.parts.NAME.teacher=FILE, not teacher=FILE"
+        )
+    if not joint and "_target_" not in cfg.teacher:
+        raise PolicyPatchError("teacher=of_parts is risk=joint's: choose another file of conf/teacher/")
+    for name, part in cfg.risk.parts.items() if joint else ():
+        if not (OmegaConf.is_dict(part) and "risk" in part and "teacher" in part):
+            raise PolicyPatchError(f"risk.parts.{name} needs a risk and a teacher: choose a file of conf/part/")
 
 
 def _refuse_secrets(cfg: DictConfig) -> None:

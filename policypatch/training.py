@@ -50,7 +50,12 @@ def trained_arms(
     base = ready.base
     with clock("pairs"):
         contexts = [teacher_context(cfg, base, part.risk) for part in ready.parts]
-        sets = [made_pairs(c, ready.own, part.teacher) for c, part in zip(contexts, ready.parts, strict=True)]
+        sets = []
+        for part, context in zip(ready.parts, contexts, strict=True):
+            with part.named():
+                sets.append(made_pairs(context, part.probes, part.teacher))
+        measured = _measured_prompts(ready.own)  # of the other risks too
+        sets = [pairs.without(measured) for pairs in sets] if len(sets) > 1 else sets
         names = [part.risk.name for part in ready.parts]
         pair_set = sets[0] if len(sets) == 1 else joined(dict(zip(names, sets, strict=True)))
         save_pairs(folder / "pairs.jsonl", pair_set.pairs)
@@ -109,9 +114,9 @@ def teacher_context(cfg: DictConfig, base: Base, risk: Any) -> TeacherContext:
     )
 
 
-def made_pairs(context: TeacherContext, own: list[Probe], teacher: Teacher) -> PairSet:
+def made_pairs(context: TeacherContext, own: Sequence[Probe], teacher: Teacher) -> PairSet:
     """The teacher's pairs, made once for everything they depend on."""
-    evaluation = {normalise(prompt) for probe in own if isinstance(probe, SampledProbe) for prompt in probe.prompts}
+    evaluation = _measured_prompts(own)
     about = teacher.identity() | {
         "base": asdict(context.base.identity),
         "dtype": str(context.base.model.dtype),
@@ -145,6 +150,11 @@ def made_pairs(context: TeacherContext, own: list[Probe], teacher: Teacher) -> P
     pair_set = PairSet.read(cached / "pairs.jsonl", cached / "counts.json")
     log.info("%d pairs (%s)", len(pair_set.pairs), pair_set.counts)
     return pair_set
+
+
+def _measured_prompts(probes: Sequence[Probe]) -> set[str]:
+    """What arms are asked, normalised: it must not be trained on."""
+    return {normalise(prompt) for probe in probes if isinstance(probe, SampledProbe) for prompt in probe.prompts}
 
 
 def _about(cfg: DictConfig, stage: str, base: Base, pair_set: PairSet, method: Trained) -> dict[str, Any]:

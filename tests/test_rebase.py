@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from policypatch.cli import app
+from policypatch.commands.base import risk_overrides
+from policypatch.commands.rebase import _best
 from policypatch.errors import PolicyPatchError
 from policypatch.model.base import Base
 from policypatch.patch.artifact import load, save
@@ -151,3 +153,18 @@ def test_what_cannot_be_carried_is_told(rebase, tiny_base: Base, tiny_base_folde
     assert told.exit_code == 2 and "differs in weights" in told.stderr
     wrong = rebase(tiny_base_folder, "--out", tmp_path / "carried", "--share", 2)
     assert wrong.exit_code == 2 and "--share is 2" in wrong.stderr
+
+
+def test_a_patch_against_several_risks_is_tuned_on_all_of_them():
+    assert risk_overrides(["toxicity", "harmfulness"]) == ["risk=[toxicity,harmfulness]"]
+    assert risk_overrides(["own", "toxicity"]) == ["risk=toxicity"]
+
+
+def test_the_best_way_is_the_best_over_all_risks():
+    """0.5 and 0.5 of the base's beat 0.4 and 0.8, though the first risk alone would have it the other way."""
+    rows = []
+    for arm, tox, asr in (("base", 0.4, 1.0), ("as it stands", 0.16, 0.8), ("tuned", 0.2, 0.5)):
+        for risk, metric, value in (("toxicity", "toxic_rate", tox), ("harmfulness", "asr", asr)):
+            rows.append({"arm": arm, "risk": risk, "split": "s", "judge": "j", "metric": metric, "value": value})
+    assert _best(rows, ["as it stands", "tuned"], ["toxicity", "harmfulness"]) == "tuned"
+    assert _best(rows, ["as it stands", "tuned"], ["toxicity"]) == "as it stands"

@@ -8,13 +8,21 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 from tiny_run import DROP, composed, overrides, without_costs
 
+from policypatch.data.datamodule import Example
+from policypatch.data.pairs import Pair, Text
+from policypatch.data.teachers import PairSet, joined
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.scorecard import Scorecard
 from policypatch.files.atomic import read_jsonl
+from policypatch.model.arm import Arm
+from policypatch.model.tree import Item
 from policypatch.patch import artifact
 from policypatch.pipeline import run
+from policypatch.training import _reference
 
 QUALITY = {("trigram_overlap", None), ("completion_tokens", None)}
 PERPLEXITY = {("ppl_median", "base"), ("ppl_mean", "base")}
@@ -76,6 +84,7 @@ def test_one_patch_against_several_risks(go, tiny_base, tmp_path: Path):
     assert artifact.load(folder / "patch", tiny_base.identity).manifest.risks == [*FIGURES][:3]
     counts = json.loads((folder / "run.json").read_text())["pairs"]
     rows = read_jsonl(folder / "pairs.jsonl")
+    assert "Toxicity, gender bias, harmfulness patch for tiny" in (folder / "report.html").read_text()
     of_each = [counts[f"{risk}: risk_pairs"] for risk in [*FIGURES][:3]]
     assert all(of_each) and sum(of_each) == sum(row["kind"] == "pair" for row in rows)
     assert sum(n for what, n in counts.items() if what.endswith(": kept")) == len(rows)
@@ -97,6 +106,40 @@ def test_the_reference_of_several_risks(reference: str, go, tmp_path: Path):
     if reference == "teacher":
         with pytest.raises(PolicyPatchError, match="needs a teacher with log-probabilities"):
             go("joint", "all", dpo__reference=reference)
+
+
+def test_each_row_is_referred_to_its_own_teacher(tiny_base):
+    class Constant:
+        def __init__(self, value: float):
+            self.value = value
+
+        def likelihood(self, context, pairs, items):
+            return torch.full((len(items), 2), self.value)
+
+    item = Item((5,), ((6,), (7,)))
+    examples = [Example(item, part=1), Example(item), Example(Item((5,), ((6,),)), "benign"), Example(item)]
+    sets = PairSet([Pair("p", Text("a"), Text("b"))] * 4, {}, (1, 0, 0, 0))
+    cfg = OmegaConf.create({"dpo": {"reference": "teacher"}})
+    found = _reference(cfg, tiny_base, Arm("sft"), [Constant(1.0), Constant(2.0)], [None, None], sets, examples)
+    assert found[[0, 1, 3]].tolist() == [[2, 2], [1, 1], [1, 1]] and found[2].isnan().all()
+
+
+def test_rows_keep_their_risk_when_some_are_left_out():
+    sets = {"a": PairSet([Pair(p, Text("x"), Text("y")) for p in "pq"], {"kept": 2}), "b": PairSet([], {"kept": 0})}
+    sets["c"] = PairSet([Pair("r", Text("x"), Text("y"))], {"kept": 1})
+    whole = joined(sets)
+    assert whole.parts == (0, 0, 2) and whole.counts["kept"] == 3 and whole.counts["a: kept"] == 2
+    assert whole.without({"p"}).parts == (0, 2)
+
+
+def test_an_error_names_the_keys_of_the_part(go, tmp_path: Path):
+    with pytest.raises(PolicyPatchError, match=r"risk\.parts\.harmfulness\.teacher\.filter"):
+        go(
+            "joint",
+            risk__parts__harmfulness__teacher__filter__margin=1.0,
+            risk__parts__harmfulness__teacher__filter__rejected_at_least=1.0,
+            risk__parts__harmfulness__teacher__filter__chosen_at_most=0.0,
+        )
 
 
 def test_several_teachers_are_no_arm(go):

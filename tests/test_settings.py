@@ -1,12 +1,13 @@
 """A command line that cannot work is refused in one sentence, before any job starts."""
 
+import re
 from collections.abc import Iterator
 
 import hydra
 import pytest
 from tiny_run import ROOT
 
-from policypatch.command_line import check_overrides, left_out_of_names
+from policypatch.command_line import check_overrides, left_out_of_names, spelt_out
 from policypatch.errors import PolicyPatchError
 from policypatch.settings import check
 
@@ -304,12 +305,53 @@ def test_a_teacher_of_ones_own_may_mean_something_else_by_a_filter():
 
 def test_folder_names_of_a_sweep_hold_what_varies_and_no_paths():
     arguments = ["patch.length=2,3", "seed=4", "name=x", "model.path=/a/b", "+judge@risk.judges.bert=hf"]
-    assert left_out_of_names(arguments) == ["name", "logger", "experiment", "model.path"]
+    assert left_out_of_names(arguments) == ["name", "logger", "model.path"]
+
+
+def test_an_experiment_is_in_no_folders_name_unless_it_is_swept():
+    assert left_out_of_names(["+experiment=length", "seed=4"]) == ["name", "logger", "experiment"]
+    assert left_out_of_names(["+experiment=length,beta"]) == ["name", "logger"]
+
+
+def test_several_risks_are_spelt_out():
+    given = ["-m", "risk=[toxicity,harmfulness]", "seed=0,1", "patch.length=[2]"]
+    assert spelt_out(given) == [
+        "-m",
+        "risk=joint",
+        "part@risk.parts=[toxicity,harmfulness]",
+        "seed=0,1",
+        "patch.length=[2]",
+    ]
+    check_overrides(spelt_out(["risk=[toxicity,harmfulness]"]))
+    cfg = hydra.compose(
+        "config", spelt_out(["risk=[toxicity,harmfulness]", "teacher@risk.parts.toxicity.teacher=neutral"])
+    )
+    check(cfg)
+    assert list(cfg.risk.parts) == ["toxicity", "harmfulness"]
+    assert cfg.risk.parts.toxicity.teacher.judges == ["bilstm"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["risk=joint", "teacher=dataset"], "teacher@risk.parts.NAME.teacher"),
+        (["teacher=of_parts"], "teacher=of_parts is risk=joint's"),
+        (["risk=joint", "part@risk.parts=[]"], "risk names no risk"),
+        (["risk=joint", "+risk.parts.mine.risk.name=x"], "risk.parts.mine needs a risk and a teacher"),
+        (
+            ["risk=joint", "+risk.parts.toxicity.teacher.filter.margins=0.1"],
+            "risk.parts.toxicity.teacher.filter.margins",
+        ),
+    ],
+)
+def test_what_is_no_joint_risk_is_told(arguments: list[str], told: str):
+    with pytest.raises(PolicyPatchError, match=re.escape(told)):
+        check(hydra.compose("config", arguments))
 
 
 def test_long_command_lines_keep_names_short():
     fixed = [f"{stage}.{key}=3" for stage in ("sft", "dpo") for key in ("steps", "batch_size", "lr", "clip", "warmup")]
-    assert left_out_of_names(["patch.length=2,3", *fixed])[3:] == [line.split("=")[0] for line in fixed]
+    assert left_out_of_names(["patch.length=2,3", *fixed])[2:] == [line.split("=")[0] for line in fixed]
 
 
 def test_a_secret_of_the_environment_is_no_value(monkeypatch: pytest.MonkeyPatch):

@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny_run import ROOT, composed, overrides, patch_of
@@ -43,7 +42,7 @@ def test_every_order_of_every_choice(patches):
 
 def test_growing_stacks_and_others_beside_them(patches):
     method = StacksMethod({name: patches[name] for name in ("tox", "bias")}, "growing", {"joint": patches["harm"]})
-    assert [arm.name for arm in method.arms(TEACHER)] == ["joint", "tox", "tox+bias"]
+    assert [arm.name for arm in method.arms(TEACHER)] == ["joint", "tox", "bias", "tox+bias"]
     assert method.arm(TEACHER).name == "tox+bias"
 
 
@@ -53,6 +52,8 @@ def test_growing_stacks_and_others_beside_them(patches):
         (({},), "method.patches is empty"),
         (({"a": "."}, "every"), "method.which is 'every': choose orders or growing"),
         (({"a": "."}, "orders", {"a": "."}), "method.beside has a, as method.patches has"),
+        (({"base": "."},), "method.patches calls a patch base"),
+        (({"a+b": "."},), "choose a name without +"),
     ],
 )
 def test_what_is_no_list_of_stacks_is_told(arguments, told: str):
@@ -109,17 +110,44 @@ def test_a_stack_is_compared_with_the_specialist_alone(sweep: Path, tmp_path: Pa
     assert by_stack["toxicity"] == {"mean": pytest.approx(0.15), "each": [0.1, 0.2]}
     stack = by_stack["bias+toxicity"]
     assert stack["mean"] == pytest.approx(0.85) and stack["p_value"] < 0.001 and stack["differs"]
-    assert "p_value" in by_stack["base"] or by_stack["base"]["mean"] == 1
+    assert by_stack["base"]["differs"] and "differs" not in by_stack["toxicity"]
     assert "| bias+toxicity | 0.85* (0.8 to 0.9) | 0.5 (0.5 to 0.5) |" in result.stdout
     assert (tmp_path / "out" / "matrix.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_figure_that_a_run_lacks_leaves_its_cell_empty():
-    cards = [[vars(row("base", 1.0)), vars(row("toxicity", 0.2))]]
-    rows = interference.matrix(cards, [[]])
+    kl = vars(row("toxicity", 0.5, "utility", "kl_benign", None))
+    cards = [
+        [vars(row("base", 1.0)), vars(row("toxicity", 0.2)), kl],
+        [vars(row("base", 1.0)), vars(row("toxicity", 0.4))],
+    ]
+    rows = interference.matrix(cards, [[], []])
     assert [set(row["cells"]) for row in rows] == [{"toxic rate (svm)"}] * 2
-    assert not np.isnan(rows[1]["cells"]["toxic rate (svm)"]["mean"])
-    assert "| toxicity | 0.2 |" in interference.table(rows)
+    assert rows[1]["cells"]["toxic rate (svm)"]["each"] == [0.2, 0.4]
+    assert "| toxicity | 0.3 (0.2 to 0.4) |" in interference.table(rows)
+
+
+def test_of_several_sets_the_first_speaks_in_every_run():
+    """A second set's rows stand between, as they do in a scorecard: they are no further seeds."""
+    other = {"split": "bold"}
+    cards = [
+        [
+            vars(row("base", 1.0)),
+            vars(row("base", 0.0)) | other,
+            vars(row("toxicity", v)),
+            vars(row("toxicity", 9.0)) | other,
+        ]
+        for v in (0.2, 0.4)
+    ]
+    values = [[line(arm, [1.0, 0.0]) for arm in ("base", "toxicity")] for _ in cards]
+    rows = interference.matrix(cards, values)
+    assert [row["cells"]["toxic rate (svm)"]["each"] for row in rows] == [[1.0, 1.0], [0.2, 0.4]]
+    assert "differs" in rows[0]["cells"]["toxic rate (svm)"]
+
+
+def test_where_the_specialist_is_no_arm_that_is_shown():
+    rows = interference.matrix([[vars(row("base", 1.0)), vars(row("tox+bias", 0.2))]], [[line("tox+bias", [1.0, 0.0])]])
+    assert "| tox+bias | 0.2? |" in interference.table(rows)
 
 
 def test_a_sweep_without_a_finished_run_is_told(tmp_path: Path):

@@ -12,11 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from policypatch.commands.base import MODEL, Register, base_overrides, composed, known_risk, quoted, stack_overrides
+from policypatch.commands.base import (
+    MODEL,
+    Register,
+    base_overrides,
+    composed,
+    known_risk,
+    quoted,
+    risk_overrides,
+    stack_overrides,
+)
 from policypatch.errors import PolicyPatchError
 
 if TYPE_CHECKING:
     from policypatch.evaluate.drift import Change
+    from policypatch.patch.manifest import Manifest
 
 console = Console(soft_wrap=True, highlight=False)
 MEASURED = ("prompts", "other_prompts", "k", "responses", "seed", "ppl_samples", "level", "resamples")
@@ -57,7 +67,7 @@ def audit(
     first = loaded[0].manifest
     known = audits.read(history) if history is not None else []
     overrides = [
-        f"risk={risk or known_risk(first.risks)}",
+        *([f"risk={risk}"] if risk else _risk(first)),
         *_measured_as(first.training),
         *base_overrides(model),
         *stack_overrides(patches),
@@ -142,10 +152,19 @@ def _measured_as(training: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in numbers.items() if isinstance(value, int | float | None)]
 
 
+def _risk(manifest: Manifest) -> list[str]:
+    """The risk that a patch is measured by: all of its own where it was trained against them together."""
+    trained = manifest.training.get("risk")
+    joint = isinstance(trained, dict) and trained.get("name") == "joint"
+    return risk_overrides(manifest.risks) if joint else [f"risk={known_risk(manifest.risks)}"]
+
+
 def _own(cfg: Any, prompts: Path, field: str) -> list[str]:
     """The overrides that put prompts in the place of the risk's sets."""
     if not prompts.is_file():
         raise PolicyPatchError(f"there is no file {prompts}")
+    if "parts" in cfg.risk:
+        raise PolicyPatchError("the patch addresses several risks: say by --risk which of them --prompts are for")
     sets = cfg.risk.get("evaluation")
     if sets is None:
         raise PolicyPatchError(f"the risk {cfg.risk.name} has no sets to replace: give --set risk.prompts=FILE instead")

@@ -30,14 +30,14 @@ def composed(overrides: list[str]) -> Any:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from policypatch.command_line import first_line
+    from policypatch.command_line import first_line, spelt_out
     from policypatch.settings import check
 
     if not CONF.is_dir():
         raise PolicyPatchError(f"there is no {CONF}: this command needs a checkout, installed with pip install -e .")
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = hydra.compose("config", overrides=overrides)
+            cfg = hydra.compose("config", overrides=spelt_out(overrides))
         check(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         raise PolicyPatchError(f"conf/ does not compose: {first_line(error)}") from error
@@ -102,6 +102,12 @@ def known_risk(risks: Sequence[str]) -> str:
             "risk.prompts=FILE --set 'risk.judge=...' (docs/custom.md)"
         )
     return found
+
+
+def risk_overrides(risks: Sequence[str]) -> list[str]:
+    """The overrides for the risks that a patch was trained against, all together where conf/ knows several."""
+    known = [risk for risk in risks if risk != "custom" and (CONF / "part" / f"{risk}.yaml").is_file()]
+    return [f"risk=[{','.join(known)}]"] if len(known) > 1 else [f"risk={known_risk(risks)}"]
 
 
 def quoted(value: object) -> str:

@@ -76,7 +76,7 @@ def compose(
     aims = [search.Aim.read(text) for text in objective or ()]
     cfg, ready = _ready(patches, model, prompts, risks, list(setting or []))
     bench, probes = ready.bench(cfg), [*ready.own, *ready.others]
-    filters = {judge for group in (cfg.risk, *cfg.others.values()) for judge in group.get("filter") or ()}
+    filters = {*ready.filter_judges, *(judge for group in cfg.others.values() for judge in group.get("filter") or ())}
     wanted = [search.asked(aim, probes, sorted(filters)) for aim in aims or search.usual(risks, probes)]
     names = [str(one.aim) for one in wanted]
 

@@ -16,9 +16,9 @@ from policypatch.commands.base import (
     base_of,
     base_overrides,
     composed,
-    known_risk,
     quoted,
     refuse_existing,
+    risk_overrides,
 )
 from policypatch.errors import PolicyPatchError
 
@@ -58,13 +58,13 @@ def rebase(
     quiet_libraries()
     given = load(patch, require_signature=key)
     ways, told = _carried(given, old, new, version or given.manifest.version)
-    risk = known_risk(given.manifest.risks)
+    risk = risk_overrides(given.manifest.risks)
     bound = ways[MAPPED].manifest.base
     work = Path("outputs", "rebase", f"{given.manifest.name}-{given.manifest.sha256[:12]}-{bound.weights[:12]}")
     if share:
         ways[TUNED] = _tuned(ways[MAPPED], work, risk, new, share, list(setting or []))
     card = _measured(ways, work, risk, new, list(setting or []))
-    kept = _best(card, list(ways))
+    kept = _best(card, list(ways), given.manifest.risks)
     _say(card, list(ways), kept, given.manifest.scorecard)
     manifest = replace(ways[kept].manifest, scorecard=card, training={"rebase": told | {"kept": kept}})
     save(replace(ways[kept], manifest=manifest), out)
@@ -89,17 +89,17 @@ def _carried(given: Patch, old: str, new: str, version: str) -> tuple[dict[str, 
     return ways, {"from": asdict(before.identity), "shared_tokens": over.shared, "explained": over.explained}
 
 
-def _tuned(start: Patch, work: Path, risk: str, model: str, share: float, setting: list[str]) -> Patch:
+def _tuned(start: Patch, work: Path, risk: list[str], model: str, share: float, setting: list[str]) -> Patch:
     """The mapped patch after a share of the steps that a new one takes, on the new base's own pairs."""
     from policypatch.launch import start as run
     from policypatch.patch.artifact import load, save
 
     folder = (work / "mapped").absolute()
     save(start, folder)
-    plain = composed([f"risk={risk}", *setting])
+    plain = composed([*risk, *setting])
     steps = {f"{stage}.steps": max(1, round(share * plain[stage].steps)) for stage in ("sft", "dpo")}
     overrides = [
-        f"risk={risk}",
+        *risk,
         *base_overrides(model),
         *("init=patch", f"init.folder={quoted(folder)}", f"patch.length={start.manifest.length}"),
         *("logger=csv", "others=none", "evaluate.costs.prompts=[]", "evaluate.after_sft=false"),
@@ -111,26 +111,32 @@ def _tuned(start: Patch, work: Path, risk: str, model: str, share: float, settin
     return replace(start, vectors=made.vectors, manifest=replace(start.manifest, sha256=made.manifest.sha256))
 
 
-def _measured(ways: Mapping[str, Patch], work: Path, risk: str, model: str, setting: list[str]) -> list[dict[str, Any]]:
+def _measured(
+    ways: Mapping[str, Patch], work: Path, risk: list[str], model: str, setting: list[str]
+) -> list[dict[str, Any]]:
     """The scorecard of the new base and of every way."""
     from policypatch.evaluate.arms import evaluate_arms
     from policypatch.model.arm import Arm
     from policypatch.prepare import prepare
 
-    cfg = composed([f"risk={risk}", *base_overrides(model), "method=none", "logger=csv", *setting])
+    cfg = composed([*risk, *base_overrides(model), "method=none", "logger=csv", *setting])
     ready = prepare(cfg)
     arms = [Arm("base"), *(Arm(name, vectors=way.vectors) for name, way in ways.items())]
     return [asdict(row) for row in evaluate_arms(ready.bench(cfg), [*ready.own, *ready.others], [], (), arms, work)]
 
 
-def _best(card: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> str:
-    """The way with the least of the risk that the figures begin with; of equals the simplest."""
+def _best(card: Sequence[Mapping[str, Any]], ways: Sequence[str], risks: Sequence[str]) -> str:
+    """The way with the least of the patch's risks, each as a share of the new base's; of equals the simplest."""
     from policypatch.report.scorecard import groups_of, headline_line
 
-    line = headline_line(groups_of(card)[0].lines, ways[-1])
-    if line is None:
+    first = {group.risk: group for group in reversed(groups_of(card))}
+    speaking = [headline_line(first[risk].lines, ways[-1]) for risk in risks if risk in first]
+    lines = [line for line in speaking if line is not None]
+    if not lines:
         raise PolicyPatchError("no figure of the risk was measured: nothing says which way is best")
-    return min(ways, key=lambda way: line.cells[way]["value"])
+    return min(
+        ways, key=lambda way: sum(line.cells[way]["value"] / (line.cells["base"]["value"] or 1) for line in lines)
+    )
 
 
 def _say(card: Sequence[Mapping[str, Any]], ways: Sequence[str], kept: str, was: Sequence[Mapping[str, Any]]) -> None:

@@ -237,13 +237,18 @@ def _dealt(numbers: Sequence[int]) -> Sequence[int]:
 
 
 def _split(rows: Sequence[Example], numbers: Sequence[int], held_out: float, seed: int) -> tuple[list[int], list[int]]:
-    """Of these rows those to train on and those held out, split by prompt: a prompt's pairs resemble each other."""
-    prompts = list(dict.fromkeys(rows[i].item.prompt for i in numbers))
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = min(len(prompts) - 1, max(1, round(held_out * len(prompts)))) if held_out > 0 else 0
-    kept_back = {prompts[i] for i in order[:count]}
-    training = [i for i in numbers if rows[i].item.prompt not in kept_back]
-    return training, [i for i in numbers if rows[i].item.prompt in kept_back]
+    """Of these rows those to train on and those held out, split by prompt: a prompt's pairs resemble each other.
+
+    As many of each risk, so that none is left without rows to train on.
+    """
+    kept_back = set()
+    for part in {rows[i].part for i in numbers}:
+        prompts = list(dict.fromkeys(rows[i].item.prompt for i in numbers if rows[i].part == part))
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+        count = min(len(prompts) - 1, max(1, round(held_out * len(prompts)))) if held_out > 0 else 0
+        kept_back |= {(part, prompts[i]) for i in order[:count]}
+    training = [i for i in numbers if (rows[i].part, rows[i].item.prompt) not in kept_back]
+    return training, [i for i in numbers if (rows[i].part, rows[i].item.prompt) in kept_back]
 
 
 class _Batches(Dataset[Batch]):

@@ -17,6 +17,7 @@ from policypatch.patch.artifact import check_base, load
 from policypatch.patch.stacking import check_parts, stack
 
 WHICH = ("orders", "growing")
+TAKEN = ("base", "sft", "patch", "teacher")  # what other arms are called
 
 
 class StackMethod(Untrained):
@@ -57,7 +58,7 @@ class StacksMethod(Untrained):
 
     Args:
         patches: folders by the names that arms are called by, joined by +.
-        which: `orders`, every order of every choice of them; `growing`, the first, the first two, and so on.
+        which: `orders`, every order of every choice of them; `growing`, each alone, the first two, three, and so on.
         beside: patches, likewise by name, that are measured alone only.
 
     Attributes:
@@ -81,10 +82,14 @@ class StacksMethod(Untrained):
             raise PolicyPatchError(f"method.which is {which!r}: choose {' or '.join(WHICH)}")
         if twice := set(patches) & set(beside or {}):
             raise PolicyPatchError(f"method.beside has {sorted(twice)[0]}, as method.patches has: give it another name")
+        if wrong := [each for each in {**patches, **(beside or {})} if each in TAKEN or "+" in each]:
+            raise PolicyPatchError(
+                f"method.patches calls a patch {wrong[0]}: choose a name without +, not an arm's own"
+            )
         names = list(patches)
         self.orders: list[tuple[str, ...]] = [(other,) for other in beside or {}]
         if which == "growing":
-            self.orders += [tuple(names[:size]) for size in range(1, len(names) + 1)]
+            self.orders += [(each,) for each in names] + [tuple(names[:size]) for size in range(2, len(names) + 1)]
         else:
             self.orders += [order for size in range(1, len(names) + 1) for order in permutations(names, size)]
         self._loaded = {each: load(Path(folder)) for each, folder in {**patches, **(beside or {})}.items()}
@@ -98,11 +103,11 @@ class StacksMethod(Untrained):
         check_base(first, base.identity, (), first.name)
 
     def arm(self, teacher: Teacher) -> Arm:
-        """The longest stack."""
+        """The last stack: all of them."""
         return self.arms(teacher)[-1]
 
     def arms(self, teacher: Teacher) -> list[Arm]:
-        """The base behind each stack, the longest last."""
+        """The base behind each stack, that of all patches last."""
         return [
             Arm("+".join(order), vectors=torch.cat([self._loaded[each].vectors for each in order]))
             for order in self.orders

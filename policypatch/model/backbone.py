@@ -198,7 +198,6 @@ def plain_logits(model: PreTrainedModel, patch: Tensor, prompt: list[int], compl
     return output.logits[0, n - len(completion) - 1 : n - 1].float()
 
 
-@torch.no_grad()
 def difference(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> float:
     """How far logits (N, V) are apart that should be the same, as a share of their spread.
 
@@ -211,6 +210,7 @@ def difference(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> float:
     return (off / theirs.float().std().clamp(min=1e-6)).item()
 
 
+@torch.no_grad()
 def check_tree(model: PreTrainedModel, tolerance: float = 1e-3) -> None:
     """Refuse an architecture on which the packed tree does not reproduce plain concatenation.
 

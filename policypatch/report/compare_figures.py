@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,7 +54,11 @@ def panels(found: Comparison) -> list[Panel]:
 
 def _own_risks(lines: Sequence[Line]) -> list[str]:
     """The risks that the runs are about, in their order."""
-    names = [str(line.records[0].settings.get("risk.name", "")) for line in lines if line.records]
+    names: list[str] = []
+    for line in lines:
+        settings = line.records[0].settings if line.records else {}
+        parts = [key for key in settings if re.fullmatch(r"risk\.parts\.[^.]+\.risk\.name", key)]
+        names += [str(settings.get(key) or "") for key in parts or ["risk.name"]]
     return [name for name in dict.fromkeys(names) if name]
 
 

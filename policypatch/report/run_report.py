@@ -55,10 +55,11 @@ def write_report(run_dir: Path) -> Path:
     arms = scorecard.arms_of([*rows, *samples])
     final = scorecard.final_arm(rows)
     own, others = scorecard.own_and_others(scorecard.groups_of(rows))
+    risk = next(iter(view.risks_of(config)), {})  # the first speaks for the run
     older = view.number_at(config, "risk.settings.threshold", CUTOFF)  # where runs before 0.2 have it
-    threshold = view.number_at(config, "risk.threshold", older)
+    threshold = view.number_at(risk, "threshold", older)
     first = next(iter(by_split(samples, own)), None)
-    shown = sections(samples, own, arms, final, threshold, bool(view.get(config, "risk.chat")))
+    shown = sections(samples, own, arms, final, threshold, bool(risk.get("chat")))
     level = view.number_at(config, "evaluate.level", scorecard.LEVEL)
     html = render(
         "run.html",

@@ -37,9 +37,29 @@ def number_at(config: Mapping[str, Any], key: str, otherwise: float) -> float:
     return value if is_number(value) else otherwise
 
 
+def risks_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The sections of the risks that a run was against; risk=joint has several."""
+    risk = get(config, "risk")
+    parts = risk.get("parts") if isinstance(risk, Mapping) else None
+    if isinstance(parts, Mapping) and parts:
+        return [part["risk"] for part in parts.values() if isinstance(part, Mapping) and "risk" in part]
+    return [risk] if isinstance(risk, Mapping) else []
+
+
+def _names(config: Mapping[str, Any]) -> str | None:
+    return ", ".join(str(risk["name"]) for risk in risks_of(config) if risk.get("name")) or None
+
+
+def _teachers(config: Mapping[str, Any]) -> str | None:
+    parts = get(config, "risk.parts")
+    if not isinstance(parts, Mapping):
+        return get(config, "teacher.name")
+    return ", ".join(str(get(part, "teacher.name")) for part in parts.values())
+
+
 def title(config: Mapping[str, Any], folder: str) -> str:
     """What was patched: "Toxicity patch for smollm2-135m"."""
-    risk, model = get(config, "risk.name"), get(config, "model.name")
+    risk, model = _names(config), get(config, "model.name")
     method = {"lora": "LoRA", "patch": "patch", None: "patch"}.get(
         get(config, "method.name"), get(config, "method.name")
     )
@@ -60,8 +80,8 @@ def facts(config: Mapping[str, Any], run: Mapping[str, Any], manifest: Mapping[s
     found = {
         "Run": config.get("name"),
         "Base": (base.get("id") if isinstance(base, Mapping) else None) or get(config, "model.name"),
-        "Risk": get(config, "risk.name"),
-        "Teacher": get(config, "teacher.name"),
+        "Risk": _names(config),
+        "Teacher": _teachers(config),
         "Method": None if patched else method,
         "Patch": _size(length, width) if patched else None,
         "Start": _start(config) if patched else None,

@@ -109,8 +109,14 @@ def test_peft_prompt_tuning_is_the_same_function(architecture, make_patch_for, m
     assert relative(backbone.patch.grad, gradient) < 1e-5
 
 
-def test_loading_accepts_it(architecture):
+def test_loading_accepts_it(architecture, monkeypatch):
+    graphs = []
+    logits = PrefixBackbone.logits
+    monkeypatch.setattr(
+        PrefixBackbone, "logits", lambda self, tree: graphs.append(torch.is_grad_enabled()) or logits(self, tree)
+    )
     check_tree(architecture)
+    assert graphs == [False, False]  # ranks that share a base out would wait for a backward pass
 
 
 _COMMON = {"vocab_size": 128, "hidden_size": 32, "num_attention_heads": 4}

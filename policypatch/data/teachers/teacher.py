@@ -80,9 +80,10 @@ class PairSet:
 
     def without(self, prompts: Collection[str]) -> PairSet:
         """The set less the pairs of these prompts (normalised): what arms are measured on must not be trained on."""
-        kept = [pair for pair in self.pairs if normalise(pair.prompt) not in prompts]
+        kept = [i for i, pair in enumerate(self.pairs) if normalise(pair.prompt) not in prompts]
         dropped = {"of_evaluation_prompts": len(self.pairs) - len(kept)} if len(kept) < len(self.pairs) else {}
-        return PairSet(kept, self.counts | {"kept": len(kept)} | dropped)
+        risks = tuple(self.risks[i] for i in kept) if self.risks else ()
+        return PairSet([self.pairs[i] for i in kept], self.counts | {"kept": len(kept)} | dropped, risks)
 
     @classmethod
     def read(cls, pairs: Path, counts: Path) -> PairSet:
@@ -94,6 +95,7 @@ def joined(sets: Mapping[str, PairSet]) -> PairSet:
     """The pairs of several risks as one set; what was counted is told apart by their names."""
     pairs = [pair for one in sets.values() for pair in one.pairs]
     counts = {f"{name}: {what}": n for name, one in sets.items() for what, n in one.counts.items()}
+    counts |= {what: sum(one.counts.get(what, 0) for one in sets.values()) for what in ("prompts", "kept")}
     return PairSet(pairs, counts, tuple(i for i, one in enumerate(sets.values()) for _ in one.pairs))
 
 
