@@ -4,8 +4,8 @@
     (or: make bench)
     python -m benchmarks --base 7B     # of random weights, in bfloat16: for a GPU
 
-Writes benchmarks/results/latest.json, and growth.svg where that part is measured; of another base than the default
-one BASE.json and BASE-growth.svg. What counts are the ratios of neighbouring runs: median, min, max. Above 1 ours is
+Writes benchmarks/results/NAME.json, and a figure where growth is measured; NAME is latest, BASE or what --name says.
+What counts are the ratios of neighbouring runs: median, min, max. Above 1 ours is
 faster; of `decode.overhead_*` 1 is the plain base. float32, and bfloat16 as well where the machine multiplies it.
 """
 
@@ -111,8 +111,10 @@ def main() -> None:
     parser.add_argument("--parts", help=f"of {', '.join(PARTS)}; all, without memory for another base")
     parser.add_argument("--dtypes", help="float32, and bfloat16 where that is fast; bfloat16 alone for another base")
     parser.add_argument("--new-tokens", type=int, default=decoding.NEW_TOKENS, help="of an answer whose cost is timed")
+    parser.add_argument("--name", help="of the files in results/; latest, or the base")
     arguments = parser.parse_args()
     shape = next((shape for shape in SHAPES if shape.name == arguments.base), None)
+    name = arguments.name or arguments.base or "latest"
     if shape is not None and "memory" in (arguments.parts or ""):
         parser.error("--parts memory is of the default base: another one's is measured where it is trained, on a GPU")
     usual = [part for part in PARTS if shape is None or part != "memory"]
@@ -131,8 +133,8 @@ def main() -> None:
         if dtype == dtypes[0]:
             results |= named
             if "growth" in found:
-                draw_growth(found["growth"], RESULTS / f"{shape.name + '-' if shape else ''}growth.svg")
-        write_json(RESULTS / f"{shape.name if shape else 'latest'}.json", results)
+                draw_growth(found["growth"], RESULTS / f"{'' if name == 'latest' else name + '-'}growth.svg")
+        write_json(RESULTS / f"{name}.json", results)
 
 
 if __name__ == "__main__":
