@@ -148,8 +148,8 @@ def check(cfg: DictConfig) -> None:
 
 def _check_parts(cfg: DictConfig) -> None:
     """Refuse a teacher for all risks of risk=joint, which each have their own, and what has no risk at all."""
-    joint = "parts" in cfg.risk
-    if (joint and not cfg.risk.parts) or "name" not in cfg.risk:
+    joint = "_target_" not in cfg.risk
+    if joint and not cfg.risk.get("parts"):
         raise PolicyPatchError("risk names no risk: choose files of conf/risk/, as risk=[toxicity,harmfulness]")
     if joint and "_target_" in cfg.teacher:
         raise PolicyPatchError(
