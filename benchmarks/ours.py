@@ -23,11 +23,13 @@ class Ours(Side):
         work: what a step is.
         stage: `sft` or `dpo`; DPO's reference is the base, as TRL has it for an adapter.
         steps: different batches.
+        compiled: `trainer.compile`.
     """
 
-    def __init__(self, base: Base, work: Workload, stage: str, steps: int = 1):
+    def __init__(self, base: Base, work: Workload, stage: str, steps: int = 1, compiled: bool = False):
         row_tokens = ROW_TOKENS[base.model.device.type]
         backbone = PrefixBackbone(base.model, work.vectors(base), row_tokens)
+        backbone.compile = compiled
         super().__init__(backbone.patch, steps)
         self.pairs = work.pairs
         examples = work.examples(base, steps)

@@ -61,7 +61,10 @@ def stage(load: Load, work: Workload, name: str, repeats: int) -> dict[str, Any]
     """Figures of one stage, whose sides are known to compute the same."""
     # TRL marks a base for checkpointing; apart from that neither side changes it.
     base, checkpointed = load(), load()
-    sides: dict[str, Any] = {"ours": Ours(base, work, name, STEPS)}
+    sides: dict[str, Any] = {
+        "ours": Ours(base, work, name, STEPS),
+        "ours_compiled": Ours(load(), work, name, STEPS, True),
+    }
     for suffix, precomputed in (("", False), ("_precomputed", True))[: 2 if name == "dpo" else 1]:
         for of, ending, kept in ((checkpointed, "", True), (base, "_without_checkpointing", False)):
             sides[f"trl{suffix}{ending}"] = Theirs(of, work, name, STEPS, precomputed, kept)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,6 +110,11 @@ def prepare(cfg: DictConfig) -> Prepared:
     """
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise PolicyPatchError("trainer=gpu needs a CUDA GPU, and there is none: use trainer=cpu")
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    if cfg.trainer.compile and cfg.trainer.accelerator == "cpu" and not any(c and shutil.which(c) for c in compilers):
+        raise PolicyPatchError(
+            "trainer.compile needs a C++ compiler, and there is none: install g++ or set it to false"
+        )
     parts, method = _parts(cfg), made(cfg.method, "method")
     trained = isinstance(method, Trained)
     for part in parts:

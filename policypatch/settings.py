@@ -70,7 +70,7 @@ CHOICES = {
     "logger.kind": ("wandb", "csv"),
     "trainer.accelerator": ("cpu", "gpu"),
 }
-SWITCHES = ("sft.enabled", "dpo.enabled", "evaluate.after_sft", "trainer.recompute", "trainer.shard")
+SWITCHES = ("sft.enabled", "dpo.enabled", "evaluate.after_sft", "trainer.recompute", "trainer.compile", "trainer.shard")
 OPTIONAL_CHOICES = {"logger.mode": ("offline", "online", "shared", "disabled")}
 PATTERNS = {
     "name": (
@@ -134,6 +134,8 @@ def check(cfg: DictConfig) -> None:
             Number(least=1, whole=True).check(key, number)
     if cfg.trainer.shard and OmegaConf.select(cfg, "model.quantize") is not None:
         raise PolicyPatchError("trainer.shard shares a whole base out: set model.quantize=null or trainer.shard=false")
+    if cfg.trainer.shard and cfg.trainer.compile:
+        raise PolicyPatchError("trainer.compile is for a base that a rank has whole: set it or trainer.shard to false")
     if not (cfg.sft.enabled or cfg.dpo.enabled):
         raise PolicyPatchError("sft.enabled and dpo.enabled are both false: there is nothing to train")
     if cfg.dpo.enabled and cfg.dpo.reference == "sft" and not cfg.sft.enabled:

@@ -200,6 +200,7 @@ def test_an_unknown_option_lists_those_there_are(argument: str, options: str):
         (["kl.weight=-1"], ["kl.weight is -1", "at least 0"]),
         (["kl.weight=null"], ["kl.weight is None"]),
         (["trainer.recompute=1"], ["trainer.recompute is 1", "true or false"]),
+        (["trainer=fsdp", "trainer.compile=true"], ["trainer.compile", "trainer.shard"]),
         (["evaluate.after_sft=maybe"], ["evaluate.after_sft is 'maybe'", "true or false"]),
         (["texts.rows=-1"], ["texts.rows is -1", "at least 0"]),
         (["balance.weight=-0.5"], ["balance.weight is -0.5", "at least 0"]),

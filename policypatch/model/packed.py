@@ -7,11 +7,12 @@ backward pass.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -19,9 +20,17 @@ from transformers.cache_utils import DynamicLayer
 from policypatch.errors import PolicyPatchError
 from policypatch.model.parts import decoder_of, layers_of
 
+COMPILED = "_policypatch_compiled"  # a layer's attribute
+
 
 def packed_states(
-    model: PreTrainedModel, root: Tensor, embeddings: Tensor, positions: Tensor, allowed: Tensor, recompute: bool
+    model: PreTrainedModel,
+    root: Tensor,
+    embeddings: Tensor,
+    positions: Tensor,
+    allowed: Tensor,
+    recompute: bool,
+    compiled: bool = False,
 ) -> Tensor:
     """Last hidden states (R, n + T, D) of a root and R rows over it.
 
@@ -32,16 +41,18 @@ def packed_states(
         positions: (R, T) of these.
         allowed: (R, T, T) bool, what a token sees of its own row.
         recompute: the rows' activations are computed again in the backward pass rather than kept.
+        compiled: layers run as torch.compile makes them, where root and tokens stand in one row: a cache in between
+            would be compiled anew for every length.
 
     Raises:
-        PolicyPatchError: `recompute`, and the model's layers are not ones that transformers recomputes.
+        PolicyPatchError: one of these, and the model's layers are not known.
     """
-    over_rows = _recomputed(model) if recompute and torch.is_grad_enabled() else nullcontext()
+    training = torch.is_grad_enabled()
     if len(allowed) == 1 or len(root) == 0:
-        with over_rows:
+        with _other_forwards(model, recompute and training, compiled and training):
             return _one_pass(model, root, embeddings, positions, allowed)
     first, behind = _root_pass(model, root)
-    with over_rows:
+    with _other_forwards(model, recompute and training, compiled=False):
         states = _rows_pass(model, behind, embeddings, positions, allowed)
     return torch.cat([first.expand(len(allowed), -1, -1), states], 1)
 
@@ -113,23 +124,36 @@ class _OverRoot(DynamicLayer):
 
 
 @contextmanager
-def _recomputed(model: PreTrainedModel) -> Iterator[None]:
-    """Layers keep their inputs alone and run again in the backward pass.
+def _other_forwards(model: PreTrainedModel, recompute: bool, compiled: bool) -> Iterator[None]:
+    """Layers that keep their inputs alone and run again in the backward pass, or that torch.compile has made.
 
-    Not by transformers' own switch, which takes a layer's cache away and works on models in training mode only.
+    The first not by transformers' own switch, which takes a layer's cache away and works on models in training mode
+    only.
     """
+    if not (recompute or compiled):
+        yield
+        return
     layers = layers_of(model)
     if not layers:
+        key, what = ("recompute", "computed again") if recompute else ("compile", "compiled")
         raise PolicyPatchError(
-            f"trainer.recompute: {type(model).__name__} has no layers that can be computed again: set it to false"
+            f"trainer.{key}: {type(model).__name__} has no layers that can be {what}: set it to false"
         )
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        forward = _compiled(layer) if compiled else layer.forward
+        layer.forward = partial(checkpoint, forward, use_reentrant=False) if recompute else forward
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _compiled(layer: nn.Module) -> Any:
+    """A layer's forward by torch.compile, for whatever length comes; made once."""
+    if COMPILED not in layer.__dict__:
+        layer.__dict__[COMPILED] = torch.compile(layer.forward, dynamic=True)
+    return layer.__dict__[COMPILED]
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
