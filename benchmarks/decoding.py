@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from policypatch.model.sampling import Sampling
 
 Load = Callable[[], Base]
 PROMPT, NEW_TOKENS, PATCH, RANK = 32, 256, Workload.patch, 16
+WARMING = 4  # tokens of an answer that is not timed
 SAMPLED_PROMPTS, SAMPLES, SAMPLED_TOKENS = 12, 8, 20
 
 
@@ -81,22 +82,24 @@ def overhead(load: Load, repeats: int, new_tokens: int = NEW_TOKENS) -> dict[str
         "lora_unmerged": get_peft_model(adapted.model, lora).eval(),
         "lora_merged": get_peft_model(merged.model, lora).merge_and_unload().eval(),
     }
-    rows: dict[str, list[tuple[float, float]]] = {"plain": [], "patched": [], **{name: [] for name in others}}
-    for _ in range(repeats + 1):
-        rows["plain"].append(answered(base.model, base, new_tokens))
-        with patched(base) as model:
-            rows["patched"].append(answered(model, base, new_tokens))
-        for name, model in others.items():
-            rows[name].append(answered(model, base, new_tokens))
-    timed = {name: list(zip(*of[1:], strict=True)) for name, of in rows.items()}  # the first allocates
-    return {
-        name: {
-            "first_token": ratio(first, timed["plain"][0]),
-            "per_token": ratio(further, timed["plain"][1]),
-            "seconds_per_token": spread(further),
+    found = {}
+    for name in ("plain", "patched", *others):
+        pairs = []
+        for turn in range(repeats + 1):
+            both = {}
+            # Which of the two comes first changes from pair to pair.
+            for side in ("plain", name)[:: 1 if turn % 2 else -1]:
+                with patched(base) if side == "patched" else nullcontext(others.get(side, base.model)) as model:
+                    answered(model, base, WARMING)  # its weights and its code are at hand then, as they are in use
+                    both[side] = answered(model, base, new_tokens)
+            pairs.append((both["plain"], both[name]))
+        (first, further), (own_first, own_further) = (zip(*of, strict=True) for of in zip(*pairs[1:], strict=True))
+        found[name] = {
+            "first_token": ratio(own_first, first),
+            "per_token": ratio(own_further, further),
+            "seconds_per_token": spread(own_further),
         }
-        for name, (first, further) in timed.items()
-    }
+    return found
 
 
 def sampling(base: Base, repeats: int, new_tokens: int = SAMPLED_TOKENS) -> dict[str, Spread]:

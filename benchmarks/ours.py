@@ -29,7 +29,7 @@ class Ours(Side):
     def __init__(self, base: Base, work: Workload, stage: str, steps: int = 1, compiled: bool = False):
         row_tokens = ROW_TOKENS[base.model.device.type]
         backbone = PrefixBackbone(base.model, work.vectors(base), row_tokens)
-        backbone.compile = compiled
+        backbone.compiled = compiled
         super().__init__(backbone.patch, steps)
         self.pairs = work.pairs
         examples = work.examples(base, steps)

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from policypatch.errors import PolicyPatchError
 from policypatch.model import applied
 from policypatch.model.base import embedding_of, identify
-from policypatch.patch.artifact import Patch, check_base, check_names, far_out, load
+from policypatch.patch.artifact import Patch, check_base, check_names, far_out, load, save
 from policypatch.patch.stacking import stack
 
-__all__ = ["apply", "load", "remove", "stack", "using"]
+__all__ = ["Patch", "PolicyPatchError", "apply", "load", "remove", "save", "stack", "using"]
 
 AnyPatch = Patch | Path | str
 OF_TOKENIZER = ("tokenizer", "chat_template")
@@ -74,7 +74,8 @@ def using(
     Args:
         model: the model.
         patches: a patch or a stack of them; None is the plain base.
-        per_row: `patches` has one for each row of the batch instead: a patch (`a + b` for a stack) or None.
+        per_row: `patches` has one for each row of the batch instead: a patch (`a + b` for a stack) or None. A list
+            with None among others is so in any case.
 
     Raises:
         PolicyPatchError: nothing was applied to the model, a patch is for another base than the one applied first, or
@@ -82,10 +83,10 @@ def using(
     """
     given = [patches] if patches is None or isinstance(patches, Patch | Path | str) else list(patches)
     rows: list[list[AnyPatch] | None]
-    if per_row:
+    if per_row or (None in given and len(given) > 1):
         rows = [None if patch is None else [patch] for patch in given]
     else:
-        rows = [[patch for patch in given if patch is not None] or None]
+        rows = [None if given == [None] else [patch for patch in given if patch is not None] or None]
     loaded = [None if row is None else _loaded(row, None) for row in rows]
     if (state := applied.state_of(model)) is not None and state.bound is not None:
         _check([patch for row in loaded if row for patch in row], state.bound)

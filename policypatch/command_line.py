@@ -95,6 +95,7 @@ def spelt_out(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+KNOWN_LAUNCHERS = ("BasicLauncher", "JoblibLauncher", "SlurmLauncher")
 FIXED_IN_NAME = 100  # bytes that the values all jobs share may take of a folder's name, which may have 255
 
 
@@ -181,6 +182,12 @@ def check_launcher(trainer: DictConfig, launcher: DictConfig) -> None:
         launcher: Hydra's, of the sweep.
     """
     devices, nodes = trainer.devices, trainer.num_nodes
+    kind = str(launcher.get("_target_", "")).rpartition(".")[2]
+    if (devices != 1 or nodes > 1) and kind not in KNOWN_LAUNCHERS:
+        raise PolicyPatchError(
+            f"hydra/launcher's {kind} is not known to start every rank of a job: leave it out, which runs jobs one after "
+            "another, or use hydra/launcher=slurm"
+        )
     if "tasks_per_node" in launcher:
         if devices == "all":
             raise PolicyPatchError("trainer.devices=all is known on this machine alone: say how many a job has on each")

@@ -101,7 +101,7 @@ def squashed(
     """
     backbone = PrefixBackbone(base.model, shortened(stack, length), row_tokens)
     backbone.anchor = stack
-    backbone.recompute, backbone.compile = trainer.recompute, trainer.compile
+    backbone.recompute, backbone.compiled = trainer.recompute, trainer.compile
     module = SquashModule(backbone, optimisation(stage))
     data = PairData(rows, stage.batch_size, stage.steps, seed, 1, backbone.tree, held_out=0.1)
     run_stage(module, data, stage, trainer, folder, [])

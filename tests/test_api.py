@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,26 @@ def test_a_stack_for_each_row(customer, made):
     with policypatch.using(model, [folder, None], per_row=True):
         out = model.generate(**encoded, max_new_tokens=6, do_sample=False)
     assert [tokenizer.decode(row) for row in out] == [patched, plain]
+    with policypatch.using(model, [tox, None, policypatch.load(folder)]):  # None says that these are rows
+        out = model.generate(**tokenizer([text] * 3, return_tensors="pt"), max_new_tokens=6, do_sample=False)
+    assert [tokenizer.decode(row) for row in out] == [patched, plain, patched]
+    with policypatch.using(model, [None]):
+        assert continued(model, tokenizer, text) == plain
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(customer, made):
+    tox, _ = made("tox", 10)
+    model, _ = customer
+    policypatch.apply(model, tox)
+    ids = torch.full((1, model.config.max_position_embeddings - tox.manifest.length + 1), 5)
+    with pytest.raises(PolicyPatchError, match="exceed the model's context of 512"):
+        model(input_ids=ids)
+    assert model(input_ids=ids[:, 1:]).logits.shape[1] == ids.shape[1] - 1
+
+
+def test_what_a_program_needs_is_there():
+    assert policypatch.Patch and policypatch.save and issubclass(policypatch.PolicyPatchError, Exception)
+    assert policypatch.__version__ == version("policypatch")
 
 
 def test_a_pipeline_and_a_chat(customer, made):

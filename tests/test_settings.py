@@ -260,6 +260,7 @@ def test_every_value_of_a_sweep_is_looked_at(arguments: list[str], words: str):
     [
         (["hydra/launcher=joblib", "trainer.devices=2"], ["hydra/launcher=joblib", "2 devices"]),
         (["hydra/launcher=joblib", "trainer=ddp"], ["hydra/launcher=joblib", "all devices"]),
+        (["hydra/launcher=submitit_local", "trainer.devices=2"], ["LocalLauncher", "hydra/launcher=slurm"]),
         (["trainer.num_nodes=2"], ["trainer.num_nodes is 2", "hydra/launcher=slurm"]),
         (["hydra/launcher=slurm", "trainer=ddp"], ["trainer.devices=all"]),
         (["hydra/launcher=submitit_slurm", "trainer.devices=2"], ["hydra.launcher.tasks_per_node is 1", "has 2"]),

@@ -84,6 +84,7 @@ def verify(
         return
     base = base_of(model)
     artifact.check_names(allow_mismatch or ())
+    artifact.check_width(loaded.manifest, base.width, str(patch))
     artifact.check_base(loaded.manifest, base.identity, allow_mismatch or (), str(patch))
     allowed = f", but for {', '.join(allow_mismatch)}" if allow_mismatch else ""
     console.print(f"✓ {model} is the base it was made for{allowed}", markup=False)
@@ -117,13 +118,17 @@ def stack(
     name: Annotated[str | None, typer.Option(help="of the stack; the parts' names joined")] = None,
     version: Annotated[str, typer.Option(help="of the stack")] = "0.1.0",
     key: Annotated[Path | None, typer.Option(help="public key that must have signed every part")] = None,
+    model: Annotated[str | None, typer.Option(help=f"whose context the stack must leave room in; {MODEL}")] = None,
 ) -> None:
     """Make one patch of several for the same base; measure it before you trust it."""
     from policypatch.patch import artifact, stacking
 
     refuse_existing(out)
     parts = [artifact.load(folder, require_signature=key) for folder in patches]
-    made = stacking.stack(parts, name, version)
+    base = None if model is None else base_of(model)
+    if base is not None:
+        artifact.check_base(parts[0].manifest, base.identity, (), str(patches[0]))
+    made = stacking.stack(parts, name, version, None if base is None else base.context)
     artifact.save(made, out)
     lengths = " + ".join(str(part.manifest.length) for part in parts)
     console.print(f"{out}: {lengths} = {made.manifest.length} vectors, not measured yet", markup=False)

@@ -10,9 +10,8 @@ from typing import Any
 
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_json, write_json
+from policypatch.patch.card import COST as COST  # in the risk's place; the card of a patch reads scorecards, too
 
-COST = "cost"
-"""In the risk's place of rows that say what an arm costs."""
 PER_PROMPT = "per_prompt.json"
 """In a run's folder, beside the scorecard: the figures' values prompt by prompt."""
 

@@ -149,6 +149,25 @@ def parse_json(content: bytes, path: Path) -> Any:
         raise PolicyPatchError(f"{path} is not valid JSON: {error}") from error
 
 
+def own_file(folder: Path, name: str) -> Path | None:
+    """A regular file of a folder that may have come from anywhere; None where there is none.
+
+    Raises:
+        PolicyPatchError: a pipe or a device, which reading might never end; or a link that leads out of the folder,
+            but for the hub cache's own, whose files are links into `blobs`.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        return None
+    real, inside = path.resolve(), folder.resolve()
+    blobs = inside.parent.parent / "blobs"
+    if not real.is_relative_to(inside) and real.parent != blobs:
+        raise PolicyPatchError(f"{path} is a link that leads out of its folder: put the file itself there")
+    if not real.is_file():
+        raise PolicyPatchError(f"{path} is no file")
+    return path
+
+
 def read_limited(path: Path | str, most: int) -> bytes:
     """The bytes of a file that may have come from anywhere. Raises PolicyPatchError when there are more than `most`."""
     try:

@@ -227,6 +227,9 @@ def _computed(model: PreTrainedModel, state: Applied, vectors: Tensor) -> Stack:
         raise PolicyPatchError(
             f"the patch has shape {tuple(vectors.shape)} but this base takes vectors of width {width}"
         )
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and len(vectors) >= context:
+        raise PolicyPatchError(f"a stack of {len(vectors)} vectors leaves no room in the model's context of {context}")
     window = sliding_window(model)
     if window is not None and len(vectors) >= window:
         raise PolicyPatchError(f"a stack of {len(vectors)} vectors does not fit the model's sliding window of {window}")
@@ -254,6 +257,13 @@ def _shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     given = kwargs.get("inputs_embeds")
     given = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
     assert given is not None
+    context = getattr(module.config, "max_position_embeddings", None)
+    whole = past is None or (type(past) is DynamicCache and not past.get_seq_length())  # nothing was read before
+    if whole and context is not None and state.longest + given.shape[1] > context:
+        raise PolicyPatchError(
+            f"a stack of {state.longest} vectors and {given.shape[1]} tokens exceed the model's context of {context}: "
+            "shorten the prompt or the stack"
+        )
     if past is not None:
         adopt(past, state.front, state.depth)
     positions = kwargs.get("position_ids")

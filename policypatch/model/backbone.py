@@ -36,7 +36,7 @@ class PrefixBackbone(nn.Module):
         patch: (P, D) float32, what is trained.
         recompute: a layer's activations are computed again in the backward pass rather than kept. With adapters that
             are switched (`policypatch.model.lora`) the switch has to stay as it was until then (`at_work`).
-        compile: layers run as torch.compile makes them where a batch is one row.
+        compiled: layers run as torch.compile makes them where a batch is one row.
         anchor: (A, D) what stands before that which the patched base is compared with; None: nothing, it is the base.
     """
 
@@ -53,7 +53,7 @@ class PrefixBackbone(nn.Module):
         self._frozen = [freeze(model)]
         self.patch = nn.Parameter(vectors.detach().clone().float())
         self.max_row_tokens = max_row_tokens
-        self.recompute = self.compile = False
+        self.recompute = self.compiled = False
         self.anchor: Tensor | None = None
 
     @property
@@ -139,7 +139,7 @@ class PrefixBackbone(nn.Module):
             raise PolicyPatchError(
                 "a prompt has no tokens and no patch stands before it: nothing predicts its completion"
             )
-        states = packed_states(self.model, root, embeddings, positions, tree.allowed, self.recompute, self.compile)
+        states = packed_states(self.model, root, embeddings, positions, tree.allowed, self.recompute, self.compiled)
         # Column -1 (a completion straight after the root) lands on the root's last state.
         return states[tree.source_row, tree.source_col + n_root]
 

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from policypatch.errors import PolicyPatchError
-from policypatch.files.atomic import atomic_folder, parse_json, read_limited, write_json, write_text
+from policypatch.files.atomic import atomic_folder, own_file, parse_json, read_limited, write_json, write_text
 from policypatch.patch import signature
 from policypatch.patch.card import model_card
 from policypatch.patch.manifest import BaseIdentity, Manifest
 
 VECTORS, MANIFEST, CARD = "patch.safetensors", "patch.json", "README.md"
-MANIFEST_LIMIT = 16 << 20  # bytes: a scorecard of thousands of rows has less
+MANIFEST_LIMIT = 4 << 20  # bytes: a scorecard of ten thousand rows has less
 FAR, SHORT = 3.0, 1e-3  # of the base's longest and median embedding, beyond which training puts no vector
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 TENSOR = "prompt_embeddings"  # the key of PEFT's prompt-tuning files, so that one name serves both
@@ -75,7 +76,8 @@ def load(
         folder: where it is.
         base: the base it is to be applied to; None skips that check.
         allow_mismatch: digests of the base that may differ, by name ("tokenizer", "chat_template", ...).
-        require_signature: the public key whose owner must have signed it; None asks for no signature.
+        require_signature: the public key whose owner must have signed it; None asks for no signature, and one that
+            is there must fit all the same.
 
     Raises:
         PolicyPatchError: a file is missing, the manifest is not valid or of a newer format, the vectors are not what
@@ -85,8 +87,19 @@ def load(
     folder = Path(folder)
     check_names(allow_mismatch)
     key = None if require_signature is None else signature.public_key(require_signature)
+    return _read(folder, base, allow_mismatch, key)
+
+
+def _read(
+    folder: Path,
+    base: BaseIdentity | None = None,
+    allow_mismatch: Collection[str] = (),
+    key: Ed25519PublicKey | None = None,
+    signed: bool = True,
+) -> Patch:
+    """See `load`; without `signed` whatever signature lies there is not looked at."""
     for name in (VECTORS, MANIFEST):
-        if not (folder / name).is_file():
+        if own_file(folder, name) is None:
             raise PolicyPatchError(f"{folder} is not a patch: it has no {name}")
     written = read_limited(folder / MANIFEST, MANIFEST_LIMIT)
     manifest = Manifest.from_json(parse_json(written, folder / MANIFEST), str(folder / MANIFEST))
@@ -96,7 +109,8 @@ def load(
     except SafetensorError as error:  # offsets that do not fit, which the header's own check leaves to the reader
         raise PolicyPatchError(f"{folder / VECTORS} is damaged: {error}") from error
     _check_vectors(vectors, manifest, str(folder))
-    if key is not None:
+    # A signature that does not fit is told whoever asks for one: manifest or vectors were changed after it.
+    if key is not None or (signed and (key := signature.signer(folder)) is not None):
         signature.check(folder, written, manifest.sha256, key)
     if base is not None:
         check_base(manifest, base, allow_mismatch, str(folder))
@@ -108,6 +122,14 @@ def check_names(allow_mismatch: Collection[str]) -> None:
     if unknown := set(allow_mismatch) - set(BaseIdentity.digests()):
         raise PolicyPatchError(
             f"allow_mismatch names {sorted(unknown)[0]}: choose from {', '.join(BaseIdentity.digests())}"
+        )
+
+
+def check_width(manifest: Manifest, width: int, what: str) -> None:
+    """Refuse a base of another width, whatever may differ; `what` is named."""
+    if manifest.width != width:
+        raise PolicyPatchError(
+            f"{what} has vectors of width {manifest.width} and this base takes {width}: no allow_mismatch helps"
         )
 
 
@@ -126,7 +148,7 @@ def sign(folder: Path, private: Path) -> Path:
     Raises:
         PolicyPatchError: it does not load, or the key is none.
     """
-    patch = load(folder)
+    patch = _read(Path(folder), signed=False)
     written = read_limited(Path(folder) / MANIFEST, MANIFEST_LIMIT)
     return signature.write(Path(folder), signature.signed(written, patch.manifest.sha256, private))
 

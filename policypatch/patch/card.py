@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from policypatch.patch.manifest import Manifest
 
+COST = "cost"  # in the risk's place of rows that say what a patch costs
 _TEMPLATE = """\
 # {{ m.name }} {{ m.version }}
 
@@ -40,6 +41,12 @@ touched: the vectors stand before the first token, at positions 0 to {{ m.length
 Nothing was measured for this patch.
 
 {% endif %}
+## What it costs
+
+{% for cost in costs %}
+- {{ cost }}
+{% endfor %}
+
 ## What it does not cover
 
 Risks, languages, prompt formats and decoding settings other than those above were not measured. The judges are
@@ -99,11 +106,33 @@ def model_card(manifest: Manifest) -> str:
     risks = list(dict.fromkeys(str(row["risk"]) for row in rows))
     own = [risk for risk in risks if risk in manifest.risks] or risks[:1]
     tables = [_table(f"Addressed: {_words(risk)}", rows, risk, arm, level) for risk in own]
-    others = sorted((risk for risk in risks if risk not in own), key=lambda risk: risk == "utility")
+    others = sorted((risk for risk in risks if risk not in (*own, COST)), key=lambda risk: risk == "utility")
     tables += [_table(f"Side effects: {_words(risk)}", rows, risk, arm, level) for risk in others]
     # Markdown, not HTML, and every value is this run's own: nothing to escape for.
     environment = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_TEMPLATE).render(m=manifest, tables=tables, arm=arm, level=level)
+    return environment.from_string(_TEMPLATE).render(
+        m=manifest, tables=tables, arm=arm, level=level, costs=_costs(manifest, arm)
+    )
+
+
+def _costs(manifest: Manifest, arm: str) -> list[str]:
+    """What a patch takes of a context, of bytes and of time, as far as that was measured."""
+    rows = [row for row in manifest.scorecard if row["risk"] == COST and row["arm"] == arm]
+    found = [f"{manifest.length} positions of the base's context, in every request"]
+    for metric, said in (
+        ("train_seconds", "{:.0f} seconds of training"),
+        ("artifact_bytes", "{:.0f} bytes of vectors"),
+    ):
+        found += [said.format(row["value"]) for row in rows if row["metric"] == metric]
+    for metric, said in (("first_token_ratio", "to the first token"), ("per_token_ratio", "for each further token")):
+        for row in rows:
+            if row["metric"] == metric:
+                prompt, _, batch = str(row["split"]).partition("x")
+                found.append(
+                    f"{row['value']:.3g} times the base's time {said} ({row['low']:.3g} to {row['high']:.3g}; prompts "
+                    f"of {prompt} tokens, {batch} at once, nothing kept from one answer to the next)"
+                )
+    return found
 
 
 def _table(heading: str, rows: list[Row], risk: str, arm: str, level: str) -> _Table:
@@ -133,8 +162,9 @@ def _table(heading: str, rows: list[Row], risk: str, arm: str, level: str) -> _T
 
 def _level(manifest: Manifest) -> str:
     """Of intervals and bounds, from the config the patch was made with."""
-    level = (manifest.training.get("evaluate") or {}).get("level", 0.95)
-    return f"{100 * level:.6g} %"
+    settings = manifest.training.get("evaluate")
+    level = settings.get("level") if isinstance(settings, dict) else None
+    return f"{100 * (level if isinstance(level, int | float) else 0.95):.6g} %"
 
 
 def _words(name: str) -> str:

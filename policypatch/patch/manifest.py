@@ -13,6 +13,7 @@ import jsonschema
 from policypatch.errors import PolicyPatchError
 
 FORMAT = 1
+LONG, DEEP = 10_000, 32  # entries of a list, and levels of settings, that a manifest may have
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,28 @@ class Manifest:
             raise PolicyPatchError(
                 f"{where} has format {data['format']} but this policypatch reads up to {FORMAT}: upgrade policypatch"
             )
+        _refuse_large(data, where)
         _validate(data, where)
         known = dict(data)
         known["base"] = BaseIdentity(**known["base"])
         known["parents"] = [Parent(**parent) for parent in known["parents"]]
         return cls(**known)
+
+
+def _refuse_large(data: Any, where: str) -> None:
+    """Refuse what would take long to be checked, or more than a program's stack."""
+    if not isinstance(data, dict):
+        return
+    for key, value in data.items():
+        if isinstance(value, list | dict) and len(value) > LONG:
+            raise PolicyPatchError(f"{where}: {key} has {len(value):,} entries: no patch has as many")
+    layer, depth = [data.get("training")], 0
+    while layer:
+        depth += 1
+        if depth > DEEP:
+            raise PolicyPatchError(f"{where}: training is nested more than {DEEP} deep: no patch's settings are")
+        below = [value for value in layer if isinstance(value, list | dict)]
+        layer = [each for value in below for each in (value.values() if isinstance(value, dict) else value)]
 
 
 def _validate(data: Any, where: str) -> None:

@@ -227,7 +227,7 @@ def test_what_is_computed_again_is_the_same_and_not_kept(tiny_llama, vectors, ro
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_layers_compute_the_same(tiny_llama, vectors, recompute: bool):
     plain, compiled = PrefixBackbone(tiny_llama, vectors), PrefixBackbone(tiny_llama, vectors)
-    compiled.compile, compiled.recompute = True, recompute
+    compiled.compiled, compiled.recompute = True, recompute
     for items in (ITEMS, ITEMS[:1]):  # another length
         expected, found = (loss_and_gradient(backbone, items) for backbone in (plain, compiled))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -240,6 +240,6 @@ def test_layers_that_cannot_be_computed_again(tiny_llama, vectors, monkeypatch):
     monkeypatch.setattr("policypatch.model.parts.GradientCheckpointingLayer", torch.nn.Bilinear)
     with pytest.raises(PolicyPatchError, match=r"trainer\.recompute: LlamaForCausalLM has no layers"):
         loss_and_gradient(backbone, ITEMS)
-    backbone.recompute, backbone.compile = False, True
+    backbone.recompute, backbone.compiled = False, True
     with pytest.raises(PolicyPatchError, match=r"trainer\.compile: LlamaForCausalLM has no layers"):
         loss_and_gradient(backbone, ITEMS)

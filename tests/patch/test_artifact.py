@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from policypatch.errors import PolicyPatchError
 from policypatch.patch.artifact import CARD, MANIFEST, TENSOR, VECTORS, digest, load, save
+from policypatch.patch.card import model_card
 
 
 @pytest.fixture
@@ -91,6 +92,18 @@ def test_missing_file(folder: Path, name):
 
 def test_missing_folder(tmp_path: Path):
     refused(tmp_path / "nowhere", "is not a patch")
+
+
+def test_the_card_says_what_a_patch_costs(make_patch):
+    cost = {"arm": "patch", "risk": "cost", "judge": None, "n": 3}
+    ratio = cost | {"split": "32x1", "metric": "per_token_ratio", "value": 1.02, "low": 1.0, "high": 1.04}
+    size = cost | {"split": "training", "metric": "artifact_bytes", "value": 1280, "low": 1280, "high": 1280}
+    plain = make_patch()
+    card = model_card(make_patch(scorecard=[*plain.manifest.scorecard, ratio, size]).manifest)
+    costs = card[card.index("## What it costs") : card.index("## What it does not cover")]
+    assert "5 positions of the base's context" in costs and "1280 bytes" in costs
+    assert "1.02 times the base's time for each further token (1 to 1.04; prompts of 32 tokens, 1 at once" in costs
+    assert "Side effects: cost" not in card
 
 
 def test_card_is_not_needed(folder: Path):

@@ -1,0 +1,143 @@
+"""Patches made to do harm: loading refuses them in one sentence, at once, and reads nothing outside their folder."""
+
+import json
+import os
+import struct
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from policypatch.errors import PolicyPatchError
+from policypatch.patch.artifact import MANIFEST, TENSOR, VECTORS, load, save
+from policypatch.patch.card import model_card
+from policypatch.patch.peft_layout import load_peft, save_peft
+from policypatch.patch.signature import SIGNATURE
+
+FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@pytest.fixture
+def folder(make_patch, tmp_path: Path) -> Path:
+    return save(make_patch(), tmp_path / "patch")
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(PolicyPatchError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [VECTORS, MANIFEST, SIGNATURE])
+def test_a_pipe_in_a_files_place_does_not_hang(folder: Path, name: str):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused(folder, f"{name} is no file")
+
+
+@pytest.mark.parametrize("name", [VECTORS, MANIFEST, SIGNATURE])
+def test_a_link_out_of_the_folder_is_not_followed(folder: Path, name: str, tmp_path: Path):
+    outside = tmp_path / "outside"
+    outside.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside)
+    refused(folder, "leads out of its folder")
+
+
+def test_a_hub_caches_links_are(folder: Path, tmp_path: Path):
+    """models--a--b/snapshots/REVISION/FILE -> ../../blobs/DIGEST"""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    for path in folder.iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert load(snapshot).manifest.name == "toxicity-tiny"
+
+
+@FUZZ
+@given(data=JSON)
+def test_any_json_for_a_manifest(folder: Path, data):
+    (folder / MANIFEST).write_text(json.dumps(data))
+    refused(folder, ".")
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_value_in_a_manifest(folder: Path, data):
+    """What is not refused makes a card, and is shown, without an error."""
+    written = (folder / MANIFEST).read_text()
+    manifest = json.loads(written)
+    key = data.draw(st.sampled_from(sorted(manifest)))
+    manifest[key] = data.draw(JSON | st.lists(st.just(manifest["scorecard"][0] | {"n": 1}) | JSON, max_size=3))
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    try:
+        found = load(folder)
+    except PolicyPatchError as error:
+        assert "\n" not in str(error)
+    else:
+        model_card(found.manifest)
+        found.manifest.to_json()
+    finally:
+        (folder / MANIFEST).write_text(written)
+
+
+@FUZZ
+@given(header=st.binary(max_size=200) | JSON.map(lambda made: json.dumps(made).encode()), body=st.binary(max_size=100))
+def test_any_header_and_body_for_vectors(folder: Path, header: bytes, body: bytes):
+    (folder / VECTORS).write_bytes(struct.pack("<Q", len(header)) + header + body)
+    refused(folder, ".")
+
+
+@FUZZ
+@given(entry=JSON, more=st.dictionaries(st.text(max_size=8), JSON, max_size=2))
+def test_any_tensor_entry(folder: Path, entry, more):
+    header = json.dumps({TENSOR: entry} | more).encode()
+    (folder / VECTORS).write_bytes(struct.pack("<Q", len(header)) + header + bytes(4 * 5 * 64))
+    refused(folder, ".")
+
+
+@FUZZ
+@given(data=JSON)
+def test_any_json_for_pefts_settings(make_patch, tmp_path: Path, data):
+    target = tmp_path / "peft"
+    if not target.exists():
+        save_peft(make_patch(), target)
+    (target / "adapter_config.json").write_text(json.dumps(data))
+    with pytest.raises(PolicyPatchError):
+        load_peft(target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m | {"scorecard": [{"a": 1}] * 200_000}, "scorecard has 200,000 entries"),
+        (lambda m: m | {"risks": ["x"] * 50_000}, "risks has 50,000 entries"),
+        (lambda m: m | {"scorecard": [{"a": 1}]}, "scorecard.0"),
+        (lambda m: m | {"risks": ["\x1b[2Jtoxicity"]}, "risks.0 is not valid"),
+        (lambda m: m | {"name": m["name"] + "\n"}, "name is not valid"),
+        (lambda m: m | {"base": m["base"] | {"id": "a\nb"}}, "base.id is not valid"),
+    ],
+)
+def test_a_manifest_that_would_take_long_or_speak_to_a_terminal(folder: Path, change, message: str):
+    (folder / MANIFEST).write_text(json.dumps(change(json.loads((folder / MANIFEST).read_text()))))
+    start = time.process_time()
+    refused(folder, message)
+    assert time.process_time() - start < 5
+
+
+def test_settings_nested_without_end(folder: Path):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    deep: dict = {}
+    for _ in range(200):
+        deep = {"a": deep}
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"training": deep}))
+    refused(folder, "nested more than 32 deep")
+    (folder / MANIFEST).write_text('{"training": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    refused(folder, ".")
