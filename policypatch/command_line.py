@@ -185,8 +185,8 @@ def check_launcher(trainer: DictConfig, launcher: DictConfig) -> None:
     kind = str(launcher.get("_target_", "")).rpartition(".")[2]
     if (devices != 1 or nodes > 1) and kind not in KNOWN_LAUNCHERS:
         raise PolicyPatchError(
-            f"hydra/launcher's {kind} is not known to start every rank of a job: leave it out, which runs jobs one after "
-            "another, or use hydra/launcher=slurm"
+            f"hydra/launcher's {kind} is not known to start every rank of a job: leave it out, so that jobs run one "
+            "after another, or use hydra/launcher=slurm"
         )
     if "tasks_per_node" in launcher:
         if devices == "all":

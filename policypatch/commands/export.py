@@ -101,7 +101,8 @@ def _say(words: Words, out: Path) -> None:
     if words.bos is not None:
         console.print(
             f"! the tokenizer puts {words.bos} before every text, and words stand before that: where no chat template "
-            f"does it, write words, {words.bos} and text, with add_special_tokens=False",
+            f"does it, write words, {words.bos} and text, with add_special_tokens=False (a GGUF file says so itself; "
+            f"there write {words.bos} before a text without words, too)",
             markup=False,
         )
     if words.likeliest < 1e-6:

@@ -18,6 +18,7 @@ from policypatch.files.atomic import atomic_path
 from policypatch.files.sources import fetch
 
 EMBEDDING, HEAD, TEMPLATE = "token_embd.weight", "output.weight", "tokenizer.chat_template"
+ADD_BOS = "tokenizer.ggml.add_bos_token"
 CONTROL = 3  # llama.cpp's type of a token that is read as such and not shown
 
 
@@ -125,9 +126,13 @@ def _fields(reader: Any, writer: Any, words: Words, default: str, size: int) -> 
             value = [*value, *[0.0] * len(words.all)]
         elif field.name.endswith(".vocab_size"):
             value = size + len(words.all)
+        elif field.name == ADD_BOS and words.bos is not None:
+            continue
         elif kind == GGUFValueType.STRING and (field.name == TEMPLATE or field.name.startswith(f"{TEMPLATE}.")):
             value, templates = with_patches(value, words, default), templates + 1
         writer.add_key_value(field.name, value, kind, sub_type=sub)
+    if words.bos is not None:  # an engine would put it before the words, and they stand first
+        writer.add_bool(ADD_BOS, False)
     if default != NONE and not templates:
         raise PolicyPatchError("the file has no chat template that could put words first: leave out --default")
 

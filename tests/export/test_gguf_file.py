@@ -1,5 +1,6 @@
 """A GGUF file gets the words; everything else in it stays as it was, byte for byte."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,14 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 Q8, F32, F16 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32, GGMLQuantizationType.F16
 
 
-def write(path: Path, kind: GGMLQuantizationType, tied: bool, template: str | None = TEMPLATE, align: int = 32) -> Path:
+def write(
+    path: Path,
+    kind: GGMLQuantizationType,
+    tied: bool,
+    template: str | None = TEMPLATE,
+    align: int = 32,
+    add_bos: bool | None = None,
+) -> Path:
     """A base that no engine could run, of the parts that are read."""
     rng = np.random.default_rng(0)
     writer = GGUFWriter(path, "llama")
@@ -27,6 +35,8 @@ def write(path: Path, kind: GGMLQuantizationType, tied: bool, template: str | No
     writer.add_token_merges(["a b", "b c"])
     if template is not None:
         writer.add_chat_template(template)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     if align != 32:
         writer.add_custom_alignment(align)
     names = ["token_embd.weight", "blk.0.attn_q.weight", *([] if tied else ["output.weight"])]
@@ -67,6 +77,16 @@ def test_rows_are_added_and_the_rest_is_as_it_was(words: Words, tmp_path: Path, 
     for name in ("blk.0.attn_q.weight", "output_norm.weight"):
         assert tensors[name].tensor_type == old[name].tensor_type
         assert np.array_equal(tensors[name].data, old[name].data)
+
+
+@pytest.mark.parametrize("said", [True, None])
+def test_where_a_base_puts_bos_before_a_text_the_file_does_not(words: Words, tmp_path: Path, said: bool | None):
+    """Words stand first, so whoever writes them writes BOS behind them."""
+    source = write(tmp_path / "base.gguf", Q8, True, add_bos=said)
+    out = export_gguf(source, replace(words, bos="<s>"), tmp_path / "out.gguf")
+    assert GGUFReader(out).fields["tokenizer.ggml.add_bos_token"].contents() is False
+    kept = GGUFReader(export_gguf(source, words, tmp_path / "kept.gguf")).fields.get("tokenizer.ggml.add_bos_token")
+    assert (None if kept is None else kept.contents()) is said
 
 
 def test_the_vocabulary_and_the_template_know_the_words(words: Words, tmp_path: Path):
