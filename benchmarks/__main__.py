@@ -5,8 +5,9 @@
     python -m benchmarks --base 7B     # of random weights, in bfloat16: for a GPU
 
 Writes benchmarks/results/NAME.json, and a figure where growth is measured; NAME is latest, BASE or what --name says.
-What counts are the ratios of neighbouring runs: median, min, max. Above 1 ours is
-faster; of `decode.overhead_*` 1 is the plain base. float32, and bfloat16 as well where the machine multiplies it.
+Parts that the file has of the same machine and packages, and that are not measured anew, stay in it. What counts are
+the ratios of neighbouring runs: median, min, max. Above 1 ours is faster; of `decode.overhead_*` 1 is the plain base.
+float32, and bfloat16 as well where the machine multiplies it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from benchmarks.figure import draw_growth
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import Spread, spread
 from benchmarks.workload import Workload
-from policypatch.files.atomic import write_json
+from policypatch.files.atomic import read_json, write_json
 from policypatch.logs import quiet_libraries
 from policypatch.model.load import choose_dtype
 
@@ -125,16 +126,19 @@ def main() -> None:
         parser.error(f"--parts names {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     quiet_libraries()
     results = about(*PACKAGES) | {"workload": str(Workload()), "repeats": arguments.repeats}
+    path = RESULTS / f"{name}.json"
+    if path.is_file() and (known := read_json(path)) == known | results:
+        results = known  # of the same machine and packages: parts that are not measured now stay as they are
     for dtype in dtypes:
         found = measured(shape, dtype, parts, arguments.repeats, arguments.new_tokens)
         named = keys(found)
         show(named, f"{arguments.base or 'the default base'}, {dtype}")
-        results[dtype] = found
-        if dtype == dtypes[0]:
+        results[dtype] = results.get(dtype, {}) | found
+        if dtype == ("bfloat16" if shape else "float32"):
             results |= named
             if "growth" in found:
                 draw_growth(found["growth"], RESULTS / f"{'' if name == 'latest' else name + '-'}growth.svg")
-        write_json(RESULTS / f"{name}.json", results)
+        write_json(path, results)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import openai
@@ -18,12 +19,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import policypatch
+from policypatch.model.base import Base
 from policypatch.model.decode import sample
 from policypatch.model.form import CHAT
 from policypatch.model.load import load_base
 from policypatch.model.sampling import Sampling
-from policypatch.patch.artifact import load
+from policypatch.patch.artifact import Patch, load, save
 from policypatch.patch.peft_layout import save_peft
+from policypatch.patch.stacking import stack
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = Path(sys.executable).with_name("policypatch")
@@ -85,23 +88,45 @@ def test_run_on_the_real_model(folder: Path, tmp_path: Path):
     assert torch.allclose(by_hand, by_peft, atol=1e-4)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What the base writes greedily: plainly, behind a patch, and behind a stack."""
+
+    base: Base
+    patches: dict[str, Patch]
+    prompts: list[list[int]]
+    rows: dict[str, list[list[list[int]]]]
+
+    @property
+    def texts(self) -> dict[str, list[str]]:
+        return {name: [self.base.decode(rows[0]) for rows in found] for name, found in self.rows.items()}
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> Answers:
+    cfg = OmegaConf.load(ROOT / "conf" / "model" / "smollm2_135m.yaml")
+    base, patch = load_base(OmegaConf.merge(cfg, {"dtype": "float32"})), load(folder / "patch")
+    patches = {patch.manifest.name: patch, "both": stack([patch, patch], "both")}
+    prompts = [base.encode_prompt(request, CHAT) for request in REQUESTS]
+    rows = {name: sample(base.model, prompts, p.vectors, 1, GREEDY, eos=base.eos) for name, p in patches.items()}
+    rows["none"] = sample(base.model, prompts, None, 1, GREEDY, eos=base.eos)
+    return Answers(base, patches, prompts, rows)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_from_a_run_to_engines_that_know_nothing_of_patches(folder: Path, tmp_path: Path, monkeypatch):
+def test_from_a_run_to_engines_that_know_nothing_of_patches(
+    folder: Path, answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Sign, verify, apply, stack, export, serve: the same greedy text everywhere."""
     monkeypatch.chdir(tmp_path)
-    base = load_base(
-        OmegaConf.merge(OmegaConf.load(ROOT / "conf" / "model" / "smollm2_135m.yaml"), {"dtype": "float32"})
-    )
     command("keygen", "vendor.key")
     command("sign", folder / "patch", "--key", "vendor.key")
     command("verify", folder / "patch", "--key", "vendor.key.pub", "--model", "smollm2_135m")
     command("stack", folder / "patch", folder / "patch", "--out", "both", "--name", "both", "--key", "vendor.key.pub")
+    base, prompts, expected, texts = answers.base, answers.prompts, answers.rows, answers.texts
     patch, both = load(folder / "patch"), load("both")
-    prompts = [base.encode_prompt(request, CHAT) for request in REQUESTS]
-    expected = {p.manifest.name: sample(base.model, prompts, p.vectors, 1, GREEDY, eos=base.eos) for p in (patch, both)}
-    expected["none"] = sample(base.model, prompts, None, 1, GREEDY, eos=base.eos)
-    texts = {name: [base.decode(rows[0]) for rows in found] for name, found in expected.items()}
+    assert torch.equal(both.vectors, answers.patches["both"].vectors)
     assert texts["none"] != texts["both"]
 
     policypatch.apply(base.model, folder / "patch", tokenizer=base.tokenizer, require_signature="vendor.key.pub")
@@ -147,20 +172,24 @@ def test_from_a_run_to_engines_that_know_nothing_of_patches(folder: Path, tmp_pa
         rows = sample(base.model, prompts[:1], stacked, 1, GREEDY, eos=base.eos)
         assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == base.decode(rows[0][0])
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_llama_cpp_writes_the_same(answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An engine that knows nothing of patches, from a GGUF file in which they are words."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make engines")
-    command("export", *both_to, "--to", "gguf", "--out", "model.gguf", "--dequantize")
+    monkeypatch.chdir(tmp_path)
+    for name, patch in answers.patches.items():
+        save(patch, tmp_path / name)
+    export = ("--model", "smollm2_135m", "--dtype", "float32", "--to", "gguf", "--out", "model.gguf", "--dequantize")
+    command("export", *answers.patches, *export)
     engine = llama_cpp.Llama("model.gguf", n_ctx=512, logits_all=False, verbose=False, type_k=0, type_v=0)  # 0: float32
-    words = {patch.manifest.name: patch.manifest, "both": both.manifest}
-    for name, wanted in texts.items():
-        front = (
-            ""
-            if name == "none"
-            else "".join(f"<|{name}@{words[name].version}:{i}|>" for i in range(words[name].length))
-        )
-        for ids, text in zip(prompts, wanted, strict=True):
-            written = engine.create_completion(
-                front + base.tokenizer.decode(ids), max_tokens=GREEDY.max_new_tokens, temperature=0
-            )
+    for name, wanted in answers.texts.items():
+        patch = answers.patches.get(name)
+        words = [] if patch is None else [f"<|{name}@{patch.manifest.version}:{i}|>" for i in range(len(patch.vectors))]
+        for ids, text in zip(answers.prompts, wanted, strict=True):
+            asked = "".join(words) + answers.base.tokenizer.decode(ids)
+            written = engine.create_completion(asked, max_tokens=GREEDY.max_new_tokens, temperature=0)
             assert written["choices"][0]["text"] == text
 
 
