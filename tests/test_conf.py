@@ -13,7 +13,7 @@ from tiny_run import ROOT
 from policypatch.settings import check
 
 CONF = ROOT / "conf"
-ADDED = {"judge", "set"}  # groups whose options go to places that the user names
+ADDED = {"judge", "set", "part"}  # groups whose options go to places that the user names
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in CONF.glob("*/*.yaml")
@@ -26,6 +26,8 @@ NEEDED = {  # what an option leaves to the user
     "teacher=hf": ["teacher.model.name=gpt2", "teacher.model.source.hub=gpt2"],
     "risk=custom": ["risk.prompts=mine.jsonl", "risk.judge={pattern: x}"],
     "init=patch": ["init.folder=older/patch"],
+    "teacher=of_parts": ["risk=joint"],
+    "recipe=joint": ["risk=joint"],
 }
 
 
@@ -59,6 +61,17 @@ def test_every_option_composes_and_its_classes_exist(option: str):
         assert get_class(target).__module__.startswith("policypatch.")
 
 
+@pytest.mark.parametrize("part", sorted(path.stem for path in (CONF / "part").glob("*.yaml")))
+def test_every_part_is_a_risk_with_a_teacher(part: str):
+    needed = ["prompts=mine.jsonl", "judge={pattern: x}"] if part == "custom" else []
+    cfg = compose("risk=joint", f"part@risk.parts=[{part}]", *(f"risk.parts.custom.risk.{line}" for line in needed))
+    (name,) = cfg.risk.parts
+    assert name == part and cfg.risk.parts[part].risk.name == part
+    assert cfg.risk.parts[part].teacher.judges == cfg.risk.parts[part].risk.filter
+    for target in targets(cfg.risk):
+        assert get_class(target).__module__.startswith("policypatch.")
+
+
 @pytest.mark.parametrize("judge", JUDGES)
 def test_every_judge_joins_a_risk_with_the_arguments_its_class_has(judge: str):
     import inspect
@@ -79,6 +92,9 @@ def test_the_arguments_of_every_teacher_risk_and_method_are_those_of_its_class(g
     for path in sorted((CONF / group).glob("*.yaml")):
         option = f"{group}={path.stem}"
         cfg = compose(option, *NEEDED.get(option, []))[group]
+        if "_target_" not in cfg:  # several risks and their teachers, which are looked at one by one
+            assert path.stem in ("joint", "of_parts")
+            continue
         given = {key: None for key in cfg if key != "_target_"}
         inspect.signature(get_class(cfg._target_)).bind(**given)
 
