@@ -90,6 +90,7 @@ def using(
     loaded = [None if row is None else _loaded(row, None) for row in rows]
     if (state := applied.state_of(model)) is not None and state.bound is not None:
         _check([patch for row in loaded if row for patch in row], state.bound)
+        _warn([patch for row in loaded if row for patch in row], model)
     with applied.using(model, *(None if row is None else [patch.vectors for patch in row] for row in loaded)):
         yield model
 

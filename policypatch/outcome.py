@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from policypatch.data.teachers import PairSet
 from policypatch.evaluate.scorecard import Scorecard
 from policypatch.files.atomic import read_json
 from policypatch.files.cache import counters
+from policypatch.home import CONF
 from policypatch.methods import Method
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
@@ -94,9 +96,22 @@ def record(
         "seconds": seconds,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in PACKAGES},
+        "commit": _commit(),
         "pairs": {} if pair_set is None else pair_set.counts,
         "cache": counters(),
     }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a mark where files differ from it; None where this is none."""
+    if not (CONF.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(CONF.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def say(scorecard: Scorecard, folder: Path, level: float) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -72,6 +73,17 @@ def test_a_stack_for_each_row(customer, made):
     assert [tokenizer.decode(row) for row in out] == [patched, plain, patched]
     with policypatch.using(model, [None]):
         assert continued(model, tokenizer, text) == plain
+
+
+def test_vectors_that_no_training_makes_are_told_when_they_are_switched_to(customer, made, tiny_base: Base):
+    tox, _ = made("tox", 10)
+    model, _ = customer
+    policypatch.apply(model, tox)
+    odd = patch_of(tiny_base, "odd", 4)
+    vectors = odd.vectors * 100
+    odd = Patch(vectors, replace(odd.manifest, sha256=digest(vectors)))
+    with pytest.warns(UserWarning, match="odd 1.0.0: .* far longer"), policypatch.using(model, odd):
+        pass
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(customer, made):
