@@ -42,7 +42,7 @@ def test_it_needs_the_request(tiny_base):
 def test_only_the_beginning_counts(tiny_base):
     judge = LikelihoodJudge(tiny_base, tokens=3)
     scores = judge.score(["In the office and more", "In the office, or not"], ["a", "a"])
-    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)  # in float32; a token more would move it by hundredths
 
 
 def test_a_setting_that_is_not_positive_is_refused(tiny_base):
