@@ -20,12 +20,12 @@ from policypatch.evaluate.scorecard import Row, Scorecard
 from policypatch.files.atomic import TEMPORARY, remove, write_json, write_text
 from policypatch.files.cache import reset_counters
 from policypatch.logs import quiet_libraries
-from policypatch.methods import StackMethod, StacksMethod, Trained, Untrained
+from policypatch.methods import StackMethod, Trained, Untrained
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.model.latency import Load
 from policypatch.outcome import package, package_measured, record, say
-from policypatch.prepare import Prepared, prepare, untrained_arms
+from policypatch.prepare import Prepared, prepare
 from policypatch.progress import Clock
 from policypatch.report.records import FAILED
 from policypatch.report.run_report import write_report
@@ -76,7 +76,7 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
             pair_set = trained_arms(cfg, ready, ready.method, arms, clock, tracker, folder)
             training = Training.sum([stage_cost(folder, stage) for stage in ("sft", "dpo")], ranks.size())
         elif isinstance(ready.method, Untrained):
-            arms += untrained_arms(ready.method, ready.parts)
+            arms += ready.method.arms(ready.teachers)
         with tracker.job("eval") as job:
             scorecard = _measured(cfg, ready, arms, training, clock, folder)
 
@@ -135,14 +135,13 @@ def _measured(
 ) -> Scorecard:
     """Ask the first arm, the last one, and that between the stages if that is asked for; then what the last costs.
 
-    Where a method stands for many arms, all are asked everything, and all are timed.
+    Arms that no training leads to follow from none another: all of them are ends, asked everything and timed.
     """
-    own, others, ends = ready.own, ready.others, arms[1:][-1:]
-    if isinstance(ready.method, StacksMethod):
-        own, others, ends = [*own, *others], [], arms[1:]
+    ends = arms[1:] if isinstance(ready.method, Untrained) else arms[1:][-1:]
     asked = arms if cfg.evaluate.after_sft else [arms[0], *ends]
     with clock("evaluate"):
-        scorecard = evaluate_arms(ready.bench(cfg), own, others, ready.filter_judges, asked, folder)
+        probes = ready.own, ready.others
+        scorecard = evaluate_arms(ready.bench(cfg), *probes, ready.filter_judges, asked, folder, [arms[0], *ends])
     if ends:
         with clock("costs"):
             for arm in ends:

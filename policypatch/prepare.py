@@ -23,8 +23,7 @@ from policypatch.data.teachers import Teacher
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.measure import Settings
 from policypatch.evaluate.probes import Bench, Plan, Probe, SampledProbe
-from policypatch.methods import Method, TeacherMethod, Trained, Untrained
-from policypatch.model.arm import Arm
+from policypatch.methods import Method, Trained, Untrained
 from policypatch.model.base import Base
 from policypatch.model.judging import judged
 from policypatch.model.load import load_base
@@ -90,6 +89,11 @@ class Prepared:
     own: list[Probe]
     others: list[Probe]
     plan: Plan
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """Where pairs come from, one for each risk."""
+        return [part.teacher for part in self.parts]
 
     @property
     def filter_judges(self) -> list[str]:
@@ -232,21 +236,10 @@ def _check_filter(teacher: Teacher, risk: Any) -> None:
 def _check_method(method: Method, base: Base, parts: Sequence[Part], probes: Sequence[Probe]) -> None:
     """Refuse a method that this base, or the teacher in its place, cannot be asked with."""
     method.check(base)
-    for arm in untrained_arms(method, parts) if isinstance(method, Untrained) else ():
+    for arm in method.arms([part.teacher for part in parts]) if isinstance(method, Untrained) else ():
         for probe in probes:
             if isinstance(probe, SampledProbe):
                 (arm.other or base).encode_prompt("A request.", arm.guidance.around(probe.form))
-
-
-def untrained_arms(method: Untrained, parts: Sequence[Part]) -> list[Arm]:
-    """What is compared with the base.
-
-    Raises:
-        PolicyPatchError: it is the teacher, and there are several.
-    """
-    if len(parts) > 1 and isinstance(method, TeacherMethod):
-        raise PolicyPatchError("method=teacher stands for one teacher, and risk=joint has several: choose one risk")
-    return method.arms(parts[0].teacher)
 
 
 def made(cfg: DictConfig, key: str) -> Any:

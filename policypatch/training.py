@@ -70,8 +70,7 @@ def trained_arms(
             arms.append(method.arm("sft", backbone))
     if cfg.dpo.enabled:
         with clock("dpo"):
-            teachers = [part.teacher for part in ready.parts]
-            reference = _reference(cfg, base, arms[-1], teachers, contexts, pair_set, examples)
+            reference = _reference(cfg, base, arms[-1], ready.teachers, contexts, pair_set, examples)
             preference = PreferenceSettings(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.label_smoothing)
             dpo = DPOModule(backbone, optimisation(cfg.dpo), preference, _weights(cfg))
             about = _about(cfg, "dpo", base, pair_set, method) | {"reference_logprobs": digest(reference)}

@@ -24,21 +24,23 @@ def evaluate_arms(
     filter_judges: Sequence[str],
     arms: Sequence[Arm],
     folder: Path,
+    ends: Sequence[Arm] | None = None,
 ) -> Scorecard:
     """Measure every arm and write `scorecard.json`, `samples.jsonl` and `per_prompt.json`.
 
     Args:
         bench: what is measured with.
         own: probes of the risk that was trained against, for every arm.
-        others: probes of the other risks and of utility, for the first and the last arm alone.
+        others: probes of the other risks and of utility, for `ends` alone.
         filter_judges: judges of the own risk that decided which pairs were trained on.
         arms: the first one is what the others are compared with.
         folder: the run folder.
+        ends: of the arms, those that `others` are asked of; the first and the last.
 
     Returns:
         the scorecard, the own risk first.
     """
-    ends = [arms[0], *arms[1:][-1:]]
+    ends = [arms[0], *arms[1:][-1:]] if ends is None else ends
     rows: list[Row] = []
     samples: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []

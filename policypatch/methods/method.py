@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from policypatch.data.teachers import Teacher
 from policypatch.model.arm import Arm
@@ -41,17 +42,15 @@ class Untrained(Method, ABC):
     """A method that is there without training."""
 
     @abstractmethod
-    def arm(self, teacher: Teacher) -> Arm | None:
-        """What is compared with the base; None where that alone is measured.
+    def arms(self, teachers: Sequence[Teacher]) -> list[Arm]:
+        """What is compared with the base, each with it and none before another; none where it alone is measured.
+
+        Args:
+            teachers: one for each risk that the run is about.
 
         Raises:
-            PolicyPatchError: this teacher allows no such arm.
+            PolicyPatchError: these teachers allow no such arm.
         """
-
-    def arms(self, teacher: Teacher) -> list[Arm]:
-        """All that are compared with the base, where a method stands for several."""
-        arm = self.arm(teacher)
-        return [] if arm is None else [arm]
 
 
 class Trained(Method, ABC):

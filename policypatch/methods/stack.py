@@ -48,9 +48,9 @@ class StackMethod(Untrained):
         """Refuse patches of another base."""
         check_base(self.patch.manifest, base.identity, (), self.patch.manifest.name)
 
-    def arm(self, teacher: Teacher) -> Arm:
+    def arms(self, teachers: Sequence[Teacher]) -> list[Arm]:
         """The base behind them."""
-        return Arm(self.name, vectors=self.patch.vectors)
+        return [Arm(self.name, vectors=self.patch.vectors)]
 
 
 class StacksMethod(Untrained):
@@ -102,11 +102,7 @@ class StacksMethod(Untrained):
         first = next(iter(self._loaded.values())).manifest
         check_base(first, base.identity, (), first.name)
 
-    def arm(self, teacher: Teacher) -> Arm:
-        """The last stack: all of them."""
-        return self.arms(teacher)[-1]
-
-    def arms(self, teacher: Teacher) -> list[Arm]:
+    def arms(self, teachers: Sequence[Teacher]) -> list[Arm]:
         """The base behind each stack, that of all patches last."""
         return [
             Arm("+".join(order), vectors=torch.cat([self._loaded[each].vectors for each in order]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from policypatch.data.teachers import Teacher
 from policypatch.errors import PolicyPatchError
 from policypatch.methods.method import Untrained
@@ -12,8 +14,9 @@ from policypatch.model.form import Guidance
 class NoMethod(Untrained):
     """The base alone."""
 
-    def arm(self, teacher: Teacher) -> None:
+    def arms(self, teachers: Sequence[Teacher]) -> list[Arm]:
         """No arm beside it."""
+        return []
 
 
 class PromptMethod(Untrained):
@@ -32,14 +35,16 @@ class PromptMethod(Untrained):
             raise PolicyPatchError("prompt.text is empty: say what the base is told")
         self.text = text.strip()
 
-    def arm(self, teacher: Teacher) -> Arm:
+    def arms(self, teachers: Sequence[Teacher]) -> list[Arm]:
         """The base behind it."""
-        return Arm(self.name, guidance=Guidance(system=self.text, before=f"{self.text}\n\n"))
+        return [Arm(self.name, guidance=Guidance(system=self.text, before=f"{self.text}\n\n"))]
 
 
 class TeacherMethod(Untrained):
     """The teacher that pairs come from: what the others are to come near to."""
 
-    def arm(self, teacher: Teacher) -> Arm:
-        """As the teacher answers."""
-        return teacher.arm(self.name)
+    def arms(self, teachers: Sequence[Teacher]) -> list[Arm]:
+        """As the teacher answers, where there is one."""
+        if len(teachers) > 1:
+            raise PolicyPatchError("method=teacher stands for one teacher, and risk=joint has several: choose one risk")
+        return [teachers[0].arm(self.name)]
