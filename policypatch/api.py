@@ -54,8 +54,7 @@ def apply(
         identify(model, tokenizer, "the model given", "local"),
         frozenset({*allow_mismatch, *(OF_TOKENIZER if tokenizer is None else ())}),
     )
-    _check(found, bound)
-    _warn(found, model)
+    _accept(found, model, bound)
     applied.apply(model, *(patch.vectors for patch in found), bound=bound)
     return model
 
@@ -86,11 +85,10 @@ def using(
     if per_row or (None in given and len(given) > 1):
         rows = [None if patch is None else [patch] for patch in given]
     else:
-        rows = [None if given == [None] else [patch for patch in given if patch is not None] or None]
+        rows = [[patch for patch in given if patch is not None] or None]
     loaded = [None if row is None else _loaded(row, None) for row in rows]
     if (state := applied.state_of(model)) is not None and state.bound is not None:
-        _check([patch for row in loaded if row for patch in row], state.bound)
-        _warn([patch for row in loaded if row for patch in row], model)
+        _accept([patch for row in loaded if row for patch in row], model, state.bound)
     with applied.using(model, *(None if row is None else [patch.vectors for patch in row] for row in loaded)):
         yield model
 
@@ -104,15 +102,14 @@ def _loaded(patches: Sequence[AnyPatch], key: Path | str | None) -> list[Patch]:
     return [p if isinstance(p, Patch) else load(Path(p), require_signature=key) for p in patches]
 
 
-def _warn(patches: Sequence[Patch], model: PreTrainedModel) -> None:
-    """Tell of vectors that no training makes."""
-    embedding = embedding_of(model)
-    for patch in patches:
-        if odd := far_out(patch.vectors.to(embedding.device), embedding):
-            warnings.warn(f"{patch.manifest.name} {patch.manifest.version}: {odd}", stacklevel=3)
-
-
-def _check(patches: Sequence[Patch], bound: applied.Bound) -> None:
+def _accept(patches: Sequence[Patch], model: PreTrainedModel, bound: applied.Bound) -> None:
+    """Refuse patches for another base, and tell of vectors that no training makes, of each patch once."""
     for patch in patches:
         named = f"{patch.manifest.name} {patch.manifest.version}"
         check_base(patch.manifest, bound.identity, bound.allow_mismatch, named)
+        if patch.manifest.sha256 in bound.looked_at:  # switching must not look at the whole embedding
+            continue
+        bound.looked_at.add(patch.manifest.sha256)
+        embedding = embedding_of(model)
+        if odd := far_out(patch.vectors.to(embedding.device), embedding):
+            warnings.warn(f"{named}: {odd}", stacklevel=3)

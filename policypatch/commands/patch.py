@@ -84,8 +84,7 @@ def verify(
         return
     base = base_of(model)
     artifact.check_names(allow_mismatch or ())
-    artifact.check_width(loaded.manifest, base.width, str(patch))
-    artifact.check_base(loaded.manifest, base.identity, allow_mismatch or (), str(patch))
+    artifact.check_base(loaded.manifest, base.identity, allow_mismatch or (), str(patch), base.width)
     allowed = f", but for {', '.join(allow_mismatch)}" if allow_mismatch else ""
     console.print(f"✓ {model} is the base it was made for{allowed}", markup=False)
     odd = artifact.far_out(loaded.vectors, base.embedding)

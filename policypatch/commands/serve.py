@@ -62,8 +62,7 @@ def serve(
         raise PolicyPatchError(f"two patches are called {twice[0]}: serve one of them, as requests choose by name")
     base = base_of(model, dtype)
     for each in loaded:
-        artifact.check_width(each.manifest, base.width, each.manifest.name)
-        artifact.check_base(each.manifest, base.identity, allow_mismatch or (), each.manifest.name)
+        artifact.check_base(each.manifest, base.identity, allow_mismatch or (), each.manifest.name, base.width)
         if odd := artifact.far_out(each.vectors, base.embedding):
             console.print(f"! {each.manifest.name}: {odd}", markup=False)
     engine = Engine(base, {each.manifest.name: each.vectors for each in loaded}, rows, context, waiting)

@@ -10,7 +10,7 @@ from typing import Any
 
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import read_json, write_json
-from policypatch.patch.card import COST as COST  # in the risk's place; the card of a patch reads scorecards, too
+from policypatch.patch.manifest import COST as COST  # whoever reads scorecards has it from here
 
 PER_PROMPT = "per_prompt.json"
 """In a run's folder, beside the scorecard: the figures' values prompt by prompt."""

@@ -15,7 +15,7 @@ from policypatch.export.words import NONE, Words, with_patches, words_of
 from policypatch.files.atomic import atomic_folder, write_json
 from policypatch.model.backbone import plain_logits
 from policypatch.model.base import Base
-from policypatch.patch.artifact import Patch, check_base, check_width
+from policypatch.patch.artifact import Patch, check_base
 
 ABOUT = "policypatch.json"  # what the folder was made of
 PROBE = [5, 6, 7, 8, 9, 10]  # tokens that the exported folder is tried on
@@ -54,8 +54,7 @@ def export_tokens(
             base behind the vectors does.
     """
     for patch in patches:
-        check_width(patch.manifest, base.width, patch.manifest.name)
-        check_base(patch.manifest, base.identity, allow_mismatch, patch.manifest.name)
+        check_base(patch.manifest, base.identity, allow_mismatch, patch.manifest.name, base.width)
     words = words_of(base, patches)
     words.names(default)
     before = {patch.manifest.name: _logits(base.model, patch.vectors) for patch in patches}

@@ -149,8 +149,8 @@ def parse_json(content: bytes, path: Path) -> Any:
         raise PolicyPatchError(f"{path} is not valid JSON: {error}") from error
 
 
-def own_file(folder: Path, name: str) -> Path | None:
-    """A regular file of a folder that may have come from anywhere; None where there is none.
+def has_own(folder: Path, name: str) -> bool:
+    """Whether a folder that may have come from anywhere has this file.
 
     Raises:
         PolicyPatchError: a pipe or a device, which reading might never end; or a link that leads out of the folder,
@@ -158,14 +158,14 @@ def own_file(folder: Path, name: str) -> Path | None:
     """
     path = folder / name
     if not os.path.lexists(path):
-        return None
+        return False
     real, inside = path.resolve(), folder.resolve()
     blobs = inside.parent.parent / "blobs"
     if not real.is_relative_to(inside) and real.parent != blobs:
         raise PolicyPatchError(f"{path} is a link that leads out of its folder: put the file itself there")
     if not real.is_file():
         raise PolicyPatchError(f"{path} is no file")
-    return path
+    return True
 
 
 def read_limited(path: Path | str, most: int) -> bytes:

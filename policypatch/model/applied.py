@@ -25,9 +25,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.backbone import HALF_TOLERANCE, difference
+from policypatch.model.backbone import difference, tolerance_of
 from policypatch.model.behind import BehindLayer, adopt
-from policypatch.model.parts import decoder_of, sliding_window
+from policypatch.model.parts import context_of, decoder_of, sliding_window
 from policypatch.patch.manifest import BaseIdentity
 
 PREFIX = "policypatch_"  # of the attention implementations that see a stack
@@ -45,10 +45,17 @@ class Stack:
 
 @dataclass(frozen=True)
 class Bound:
-    """What a model was recognised by when patches were applied (that takes a while), and what may differ."""
+    """What a model was recognised by when patches were applied (that takes a while), and what may differ.
+
+    Attributes:
+        identity: of the model.
+        allow_mismatch: names of digests.
+        looked_at: digests of the patches whose vectors were compared with its embeddings.
+    """
 
     identity: BaseIdentity
     allow_mismatch: frozenset[str]
+    looked_at: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -227,7 +234,7 @@ def _computed(model: PreTrainedModel, state: Applied, vectors: Tensor) -> Stack:
         raise PolicyPatchError(
             f"the patch has shape {tuple(vectors.shape)} but this base takes vectors of width {width}"
         )
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     if context is not None and len(vectors) >= context:
         raise PolicyPatchError(f"a stack of {len(vectors)} vectors leaves no room in the model's context of {context}")
     window = sliding_window(model)
@@ -257,7 +264,7 @@ def _shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     given = kwargs.get("inputs_embeds")
     given = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
     assert given is not None
-    context = getattr(module.config, "max_position_embeddings", None)
+    context = context_of(module.config)
     whole = past is None or (type(past) is DynamicCache and not past.get_seq_length())  # nothing was read before
     if whole and context is not None and state.longest + given.shape[1] > context:
         raise PolicyPatchError(
@@ -353,7 +360,7 @@ def _check(model: PreTrainedModel, vectors: Tensor) -> None:
             f"{kind} is not supported: a patch cannot be put before its attention ({error})"
         ) from error
     off = difference(ours, theirs, model.dtype)
-    if not off <= (1e-3 if model.dtype == torch.float32 else HALF_TOLERANCE):
+    if not off <= tolerance_of(model.dtype):
         raise PolicyPatchError(
             f"{kind} is not supported: with the patch applied its logits differ by {off:.1e} of their spread from "
             "those of plain concatenation"

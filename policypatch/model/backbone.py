@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from policypatch.errors import PolicyPatchError
 from policypatch.model.head import finish_logits, token_divergence, token_logprobs
 from policypatch.model.packed import packed_states
-from policypatch.model.parts import sliding_window
+from policypatch.model.parts import context_of, sliding_window
 from policypatch.model.sharded import is_sharded
 from policypatch.model.tree import Cost, Item, Tree, build_tree
 
-HALF_TOLERANCE = 0.125  # of `difference` in half precision
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.125  # of `difference`, in float32 and in half precision
 
 
 class PrefixBackbone(nn.Module):
@@ -148,7 +148,7 @@ class PrefixBackbone(nn.Module):
         config = self.model.config
         limits = {
             "sliding window": sliding_window(self.model),
-            "context": getattr(config, "max_position_embeddings", None),
+            "context": context_of(config),
         }
         for name, limit in limits.items():
             if limit is not None and length > limit:
@@ -211,8 +211,13 @@ def difference(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> float:
     return (off / theirs.float().std().clamp(min=1e-6)).item()
 
 
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How large a `difference` rounding explains."""
+    return TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
+
+
 @torch.no_grad()
-def check_tree(model: PreTrainedModel, tolerance: float = 1e-3) -> None:
+def check_tree(model: PreTrainedModel) -> None:
     """Refuse an architecture on which the packed tree does not reproduce plain concatenation.
 
     A model that ignores position ids or an explicit mask (ALiBi, state-space layers, ...) would train to silently
@@ -233,7 +238,7 @@ def check_tree(model: PreTrainedModel, tolerance: float = 1e-3) -> None:
             shared = backbone.logits(backbone.tree(items))
             plain = torch.cat([plain_logits(model, patch, [*i.prompt], [*c]) for i in items for c in i.completions])
             off = difference(shared, plain, model.dtype)
-            if not off <= (tolerance if model.dtype == torch.float32 else HALF_TOLERANCE):
+            if not off <= tolerance_of(model.dtype):
                 raise PolicyPatchError(
                     f"{kind} is not supported: with a shared prefix its logits differ by {off:.1e} of their spread "
                     "from those of plain concatenation (it ignores position ids or an explicit attention mask)"

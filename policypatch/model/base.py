@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from policypatch.errors import PolicyPatchError
 from policypatch.model.form import PLAIN, Form
+from policypatch.model.parts import context_of
 from policypatch.patch.manifest import BaseIdentity
 
 SAMPLED = 4096  # values of each weight tensor that go into the weights digest
@@ -41,7 +42,7 @@ class Base:
     @property
     def context(self) -> int | None:
         """Positions the model has, None where it sets no limit."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return context_of(self.model.config)
 
     @property
     def eos(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from policypatch.errors import PolicyPatchError
 from policypatch.model.head import finish_logits
-from policypatch.model.parts import decoder_of, sliding_window
+from policypatch.model.parts import context_of, decoder_of, sliding_window
 from policypatch.model.sampling import Sampling, next_tokens, uniforms
 from policypatch.model.tree import common_prefix
 
@@ -144,7 +144,7 @@ def _batches(
 def _check_lengths(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], patch_length: int, sampling: Sampling
 ) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_of(model.config)
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise PolicyPatchError(f"prompt {i} has no tokens: give it text or drop it")

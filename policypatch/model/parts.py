@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -15,6 +17,11 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """The LM's layers, in order; none where transformers does not mark them."""
     return [module for module in decoder_of(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def context_of(config: Any) -> int | None:
+    """Positions that a model's config gives it, None where it sets no limit."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:

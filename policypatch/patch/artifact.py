@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from policypatch.errors import PolicyPatchError
-from policypatch.files.atomic import atomic_folder, own_file, parse_json, read_limited, write_json, write_text
+from policypatch.files.atomic import atomic_folder, has_own, parse_json, read_limited, write_json, write_text
 from policypatch.patch import signature
 from policypatch.patch.card import model_card
 from policypatch.patch.manifest import BaseIdentity, Manifest
@@ -99,7 +99,7 @@ def _read(
 ) -> Patch:
     """See `load`; without `signed` whatever signature lies there is not looked at."""
     for name in (VECTORS, MANIFEST):
-        if own_file(folder, name) is None:
+        if not has_own(folder, name):
             raise PolicyPatchError(f"{folder} is not a patch: it has no {name}")
     written = read_limited(folder / MANIFEST, MANIFEST_LIMIT)
     manifest = Manifest.from_json(parse_json(written, folder / MANIFEST), str(folder / MANIFEST))
@@ -125,16 +125,15 @@ def check_names(allow_mismatch: Collection[str]) -> None:
         )
 
 
-def check_width(manifest: Manifest, width: int, what: str) -> None:
-    """Refuse a base of another width, whatever may differ; `what` is named."""
-    if manifest.width != width:
-        raise PolicyPatchError(
-            f"{what} has vectors of width {manifest.width} and this base takes {width}: no allow_mismatch helps"
-        )
+def check_base(
+    manifest: Manifest, base: BaseIdentity, allow_mismatch: Collection[str], what: str, width: int | None = None
+) -> None:
+    """Refuse a base that differs from the one a patch was made for in more than what is allowed; `what` is named.
 
-
-def check_base(manifest: Manifest, base: BaseIdentity, allow_mismatch: Collection[str], what: str) -> None:
-    """Refuse a base that differs from the one a patch was made for in more than what is allowed; `what` is named."""
+    No name allows another width (of its embeddings, where that is given): the vectors would fit nowhere.
+    """
+    if width is not None and manifest.width != width:
+        raise PolicyPatchError(f"{what} has vectors of width {manifest.width}, and this base takes {width}")
     if differing := [name for name in manifest.base.differences(base) if name not in allow_mismatch]:
         raise PolicyPatchError(
             f"{what} was made for {manifest.base.id} ({manifest.base.revision}), and this base "

@@ -8,9 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from policypatch.patch.manifest import Manifest
+from policypatch.patch.manifest import COST, Manifest
 
-COST = "cost"  # in the risk's place of rows that say what a patch costs
 _TEMPLATE = """\
 # {{ m.name }} {{ m.version }}
 

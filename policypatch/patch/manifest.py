@@ -13,6 +13,7 @@ import jsonschema
 from policypatch.errors import PolicyPatchError
 
 FORMAT = 1
+COST = "cost"  # in the risk's place of a scorecard's rows that say what a patch, or any other arm, costs
 LONG, DEEP = 10_000, 32  # entries of a list, and levels of settings, that a manifest may have
 
 

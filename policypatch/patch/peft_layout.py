@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from policypatch.errors import PolicyPatchError
-from policypatch.files.atomic import atomic_folder, parse_json, read_limited, write_json
+from policypatch.files.atomic import atomic_folder, has_own, parse_json, read_limited, write_json
 from policypatch.patch.artifact import BYTES, MANIFEST, MANIFEST_LIMIT, TENSOR, Patch, check_header
 from policypatch.patch.manifest import Manifest
 
@@ -57,7 +57,7 @@ def load_peft(folder: Path) -> tuple[Tensor, str | None, Manifest | None]:
         PolicyPatchError: a file is missing or damaged, the adapter is of another kind, or it holds other tensors.
     """
     for name in (ADAPTER, CONFIG):
-        if not (folder / name).is_file():
+        if not has_own(folder, name):
             raise PolicyPatchError(f"{folder} is no PEFT adapter: it has no {name}")
     config = parse_json(read_limited(folder / CONFIG, MANIFEST_LIMIT), folder / CONFIG)
     kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -74,7 +74,7 @@ def load_peft(folder: Path) -> tuple[Tensor, str | None, Manifest | None]:
     except SafetensorError as error:
         raise PolicyPatchError(f"{folder / ADAPTER} is damaged: {error}") from error
     manifest = None
-    if (folder / MANIFEST).is_file():
+    if has_own(folder, MANIFEST):
         written = parse_json(read_limited(folder / MANIFEST, MANIFEST_LIMIT), folder / MANIFEST)
         manifest = Manifest.from_json(written, str(folder / MANIFEST))
     base = config.get("base_model_name_or_path")

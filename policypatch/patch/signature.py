@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from policypatch.errors import PolicyPatchError
-from policypatch.files.atomic import atomic_path, own_file, read_limited
+from policypatch.files.atomic import atomic_path, has_own, read_limited
 
 SIGNATURE = "patch.sig"
 FORMAT = 1
@@ -116,7 +116,7 @@ def signer(folder: Path) -> Ed25519PublicKey | None:
     Raises:
         PolicyPatchError: the file is not a signature.
     """
-    return _read(folder)[0] if own_file(folder, SIGNATURE) is not None else None
+    return _read(folder)[0] if has_own(folder, SIGNATURE) else None
 
 
 def check(folder: Path, manifest: bytes, vectors: str, key: Ed25519PublicKey) -> None:
@@ -131,7 +131,7 @@ def check(folder: Path, manifest: bytes, vectors: str, key: Ed25519PublicKey) ->
     Raises:
         PolicyPatchError: there is no signature, it is another key's, or manifest or vectors are not what was signed.
     """
-    if own_file(folder, SIGNATURE) is None:
+    if not has_own(folder, SIGNATURE):
         raise PolicyPatchError(f"{folder} is not signed: it has no {SIGNATURE}")
     named, signature = _read(folder)
     if named.public_bytes_raw() != key.public_bytes_raw():
