@@ -82,8 +82,8 @@ def overhead(load: Load, repeats: int, new_tokens: int = NEW_TOKENS) -> dict[str
         "lora_unmerged": get_peft_model(adapted.model, lora).eval(),
         "lora_merged": get_peft_model(merged.model, lora).merge_and_unload().eval(),
     }
-    found = {}
-    for name in ("plain", "patched", *others):
+    found, plain = {}, []
+    for name in ("patched", *others):
         pairs = []
         for turn in range(repeats + 1):
             both = {}
@@ -99,7 +99,9 @@ def overhead(load: Load, repeats: int, new_tokens: int = NEW_TOKENS) -> dict[str
             "per_token": ratio(own_further, further),
             "seconds_per_token": spread(own_further),
         }
-    return found
+        plain += further
+    itself = ratio(plain, plain)
+    return {"plain": {"first_token": itself, "per_token": itself, "seconds_per_token": spread(plain)}} | found
 
 
 def sampling(base: Base, repeats: int, new_tokens: int = SAMPLED_TOKENS) -> dict[str, Spread]:

@@ -93,17 +93,19 @@ def matrix(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequen
     rows: list[dict[str, Any]] = [{"stack": arm, "cells": {}} for arm in arms]
     for column in COLUMNS:
         tests: dict[str, float] = {}
+        split = next((one["split"] for one in cards[0] if column.holds(one)), None)
+        against = SPECIALISTS.get(column.metric, BASE)
         for row in rows:
-            split = next((one["split"] for one in cards[0] if column.holds(one)), None)
             here = [[one for one in of if _at(one, row["stack"], column, split)] for of in cards]
             if not all(here):
                 continue
             each = [float(found[0]["value"]) for found in here]
-            against = SPECIALISTS.get(column.metric, BASE)
-            row["cells"][column.title] = {"mean": float(np.mean(each)), "each": each, "against": against}
-            ours, theirs = (_mean_values(values, arm, column, split) for arm in (row["stack"], against))
-            row["cells"][column.title]["itself"] = row["stack"] in (BASE, against)
-            if ours is not None and theirs is not None and row["stack"] not in (BASE, against):
+            compared = None if row["stack"] in (BASE, against) else against
+            row["cells"][column.title] = {"mean": float(np.mean(each)), "each": each, "against": compared}
+            if compared is None:
+                continue
+            ours, theirs = (_mean_values(values, arm, column, split) for arm in (row["stack"], compared))
+            if ours is not None and theirs is not None:
                 tests[row["stack"]] = paired_difference(ours, theirs).p_value
         differs = dict(zip(tests, holm(list(tests.values()), ALPHA), strict=True))
         for row in rows:
@@ -125,9 +127,13 @@ def _mean_values(
     return np.array([of[0] for of in found], dtype=float).mean(0) if all(found) else None
 
 
+def _titles(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [column.title for column in COLUMNS if any(column.title in row["cells"] for row in rows)]
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """In Markdown: the mean, the smallest and the largest, * where it differs from what it is compared with."""
-    titles = [column.title for column in COLUMNS if any(column.title in row["cells"] for row in rows)]
+    titles = _titles(rows)
     lines = [["stack", *titles], ["---"] * (len(titles) + 1)]
     for row in rows:
         lines.append([row["stack"], *(_cell(row["cells"].get(title)) for title in titles)])
@@ -144,13 +150,13 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
 
 def _mark(cell: Mapping[str, Any]) -> str:
     if cell.get("differs") is None:
-        return "" if cell["against"] == BASE or cell.get("itself") else "?"
+        return "" if cell["against"] in (None, BASE) else "?"
     return "*" if cell["differs"] else ""
 
 
 def drawn(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """The heat map: within a column the darker, the worse; its ends are the column's own."""
-    titles = [column.title for column in COLUMNS if any(column.title in row["cells"] for row in rows)]
+    titles = _titles(rows)
     means = np.array([[row["cells"].get(title, {}).get("mean", np.nan) for title in titles] for row in rows])
     low, high = np.nanmin(means, 0), np.nanmax(means, 0)
     shade = (means - low) / np.where(high > low, high - low, 1)

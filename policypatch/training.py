@@ -50,14 +50,7 @@ def trained_arms(
     base = ready.base
     with clock("pairs"):
         contexts = [teacher_context(cfg, base, part.risk) for part in ready.parts]
-        sets = []
-        for part, context in zip(ready.parts, contexts, strict=True):
-            with part.named():
-                sets.append(made_pairs(context, part.probes, part.teacher))
-        measured = _measured_prompts(ready.own)  # of the other risks too
-        sets = [pairs.without(measured) for pairs in sets] if len(sets) > 1 else sets
-        names = [part.risk.name for part in ready.parts]
-        pair_set = sets[0] if len(sets) == 1 else joined(dict(zip(names, sets, strict=True)))
+        pair_set = _pairs_of_all(ready, contexts)
         save_pairs(folder / "pairs.jsonl", pair_set.pairs)
         examples = _encoded(cfg, base, pair_set)
     backbone = method.start(base, cfg.seed, cfg.row_tokens)
@@ -113,6 +106,18 @@ def teacher_context(cfg: DictConfig, base: Base, risk: Any) -> TeacherContext:
     )
 
 
+def _pairs_of_all(ready: Prepared, contexts: Sequence[TeacherContext]) -> PairSet:
+    """The pairs of the risk; of several, of each what it has alone less what arms are asked about the others."""
+    sets = {}
+    for part, context in zip(ready.parts, contexts, strict=True):
+        with part.named():
+            sets[part.risk.name] = made_pairs(context, part.probes, part.teacher)
+    if len(sets) == 1:
+        return next(iter(sets.values()))
+    measured = _measured_prompts(ready.own)
+    return joined({name: pairs.without(measured) for name, pairs in sets.items()})
+
+
 def made_pairs(context: TeacherContext, own: Sequence[Probe], teacher: Teacher) -> PairSet:
     """The teacher's pairs, made once for everything they depend on."""
     evaluation = _measured_prompts(own)
@@ -161,20 +166,16 @@ def _about(cfg: DictConfig, stage: str, base: Base, pair_set: PairSet, method: T
     read = (stage, "data", "kl", "texts", "balance", "seed", "row_tokens", "method")
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
-    parts = {"parts": list(pair_set.parts)} if any(pair_set.parts) else {}
-    return (
-        {key: resolved[key] for key in read}
-        | parts
-        | {
-            "base": asdict(base.identity),
-            "dtype": str(base.model.dtype),
-            "attention": cfg.model.attention,
-            "accelerator": cfg.trainer.accelerator,
-            "validate_every": cfg.trainer.validate_every,
-            "pairs": pair_set.sha256,
-            "companions": [companion.sha256 for companion in method.companions],
-        }
-    )
+    found = {key: resolved[key] for key in read} | {
+        "base": asdict(base.identity),
+        "dtype": str(base.model.dtype),
+        "attention": cfg.model.attention,
+        "accelerator": cfg.trainer.accelerator,
+        "validate_every": cfg.trainer.validate_every,
+        "pairs": pair_set.sha256,
+        "companions": [companion.sha256 for companion in method.companions],
+    }
+    return found | ({"parts": list(pair_set.parts)} if pair_set.risks else {})
 
 
 def _encoded(cfg: DictConfig, base: Base, pair_set: PairSet) -> list[Example]:
