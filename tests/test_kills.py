@@ -18,6 +18,7 @@ import pytest
 import torch
 from tiny_run import composed, overrides, same_end
 
+from policypatch.data.datamodule import PairData
 from policypatch.launch import start
 
 log = logging.getLogger(__name__)
@@ -33,12 +34,32 @@ def attempt(arguments: list[str], folder: Path, cache: Path) -> None:
     start(composed(arguments), folder, "", arguments)
 
 
+def attempt_told_to_stop(arguments: list[str], folder: Path, cache: Path) -> None:
+    """The same, and SIGTERM comes while Lightning has its own handler in place: when it sets up the data of a stage."""
+    loader = PairData.train_dataloader
+
+    def told(data: PairData):
+        signal.raise_signal(signal.SIGTERM)
+        return loader(data)
+
+    PairData.train_dataloader = told
+    attempt(arguments, folder, cache)
+
+
 @pytest.fixture(scope="module")
 def processes():
     """Processes begin with everything imported and nothing computed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["policypatch.launch", "policypatch.methods", "tiny_run"])
     return context
+
+
+def test_a_signal_while_lightning_starts_is_not_lost(processes, tiny_base_folder: Path, tmp_path: Path):
+    arguments = overrides(tiny_base_folder, tmp_path)
+    process = processes.Process(target=attempt_told_to_stop, args=(arguments, tmp_path / "run", tmp_path / "cache"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
 
 
 @pytest.mark.slow

@@ -87,16 +87,18 @@ class OwnSignals(Callback):
     """Leave SIGTERM as it was before the trainer began.
 
     What a run has done is on disk, so it may end at once. Lightning would go on to the end of the step and have the
-    ranks tell each other first, where one that is gone would be waited for.
+    ranks tell each other first, where one that is gone would be waited for; and it would end with status 0.
     """
 
     def __init__(self) -> None:
         self.before = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Lightning has put its own handler in place by now."""
+        """Lightning has put its own handler in place by now, and may have taken note of a signal with it."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.before)
+            if trainer.received_sigterm:
+                signal.raise_signal(signal.SIGTERM)
 
 
 def run_stage(
