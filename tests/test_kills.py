@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -28,7 +29,8 @@ SETTINGS = {"trainer.checkpoint_every": 1, "sft.steps": 12, "dpo.steps": 24, "ot
 
 
 def attempt(arguments: list[str], folder: Path, cache: Path) -> None:
-    """What a process of its own does."""
+    """What a process of its own does; what it says lies beside its folder."""
+    logging.basicConfig(filename=folder.with_suffix(".log"), level=logging.INFO, force=True)
     os.environ["POLICYPATCH_CACHE"] = str(cache)
     torch.set_num_threads(1)
     start(composed(arguments), folder, "", arguments)
@@ -52,6 +54,12 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["policypatch.launch", "policypatch.methods", "tiny_run"])
     return context
+
+
+def stage_of(path: Path) -> str:
+    """What the run was at when it wrote the last line of its log."""
+    stages = re.findall(r"progress:(\w+) \.\.\.", path.read_text()) if path.exists() else []
+    return stages[-1] if stages else "start"
 
 
 def test_a_signal_while_lightning_starts_is_not_lost(processes, tiny_base_folder: Path, tmp_path: Path):
@@ -88,12 +96,14 @@ def test_a_killed_run_ends_as_if_nothing_had_been(processes, tiny_base_folder: P
         how = draw.choice([signal.SIGKILL, signal.SIGTERM])
         process = begin(name)
         process.join(when)
-        reached = sorted(path.name for path in (tmp_path / name).glob("*")) if (tmp_path / name).is_dir() else []
+        during = stage_of(tmp_path / f"{name}.log")
         if process.is_alive():
             os.kill(process.pid, how)
             process.join()
             assert process.exitcode == -how
-        told.append({"after": round(when, 2), "by": how.name, "files": len(reached)})
+        else:
+            during = "after"
+        told.append({"after": round(when, 2), "by": how.name, "during": during})
         whole(name)
         same_end(tmp_path / "undisturbed", tmp_path / name)
         assert not list((tmp_path / f"cache of {name}").rglob(".begun-*"))
