@@ -144,6 +144,24 @@ def test_a_cache_goes_on_over_the_turns_of_a_chat(model):
     assert out[0, second.shape[1] :].tolist() == whole
 
 
+def test_a_cache_does_not_go_on_behind_another_stack(model):
+    a, b = vectors_for(model, 3, 1), vectors_for(model, 5, 2)
+    apply(model, a)
+    cache, static = DynamicCache(), StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        for kept in (cache, static):
+            model(torch.tensor([PROMPTS[0]]), past_key_values=kept)
+            for other in ([b], None):
+                with using(model, other), pytest.raises(PolicyPatchError, match="filled behind another stack"):
+                    model(torch.tensor([[8]]), past_key_values=kept)
+            model(torch.tensor([[8]]), past_key_values=kept)
+            assert int(kept.get_seq_length()) == 4
+        static.reset()
+        with using(model, [b]):
+            again = model(torch.tensor([PROMPTS[0]]), past_key_values=static).logits
+            assert torch.allclose(again, model(torch.tensor([PROMPTS[0]])).logits, atol=1e-5)
+
+
 def test_a_streamer_gets_the_tokens_one_by_one(model):
     class Kept(BaseStreamer):
         def __init__(self):

@@ -1,0 +1,202 @@
+"""What stands in front of a model's own keys and values, and the attention that sees it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from policypatch.errors import PolicyPatchError
+from policypatch.model.behind import Front, whole_of
+from policypatch.patch.manifest import BaseIdentity
+
+STATE = "_policypatch"  # where the modules of a model have it
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Keys and values of vectors, layer by layer: (1, heads, L, d) each, and a digest of the vectors."""
+
+    length: int
+    layers: Sequence[tuple[Tensor, Tensor]]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a model was recognised by when patches were applied (that takes a while), and what may differ.
+
+    Attributes:
+        identity: of the model.
+        allow_mismatch: names of digests.
+        looked_at: digests of the patches whose vectors were compared with its embeddings.
+    """
+
+    identity: BaseIdentity
+    allow_mismatch: frozenset[str]
+    looked_at: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Applied:
+    """What stands before a model's input now.
+
+    Attributes:
+        kind: the attention implementation that the model had.
+        rows: one stack for all rows of a batch, or one for each; None is the plain base.
+        known: stacks that were computed, by digest, device and type.
+        hook: what shifts positions.
+        shared: keys and values for a layer and a batch size, made once while the rows stay the same.
+        window: how far back the model's sliding layers look.
+        bound: what patches that come later must have been made for.
+        positions: (B or 1, T) of the tokens that are being read, where that may be further on than the window.
+        masks: of the forward that is under way, made once for all layers: the model's own, and what it is for, by that.
+    """
+
+    kind: str
+    rows: list[Stack | None] = field(default_factory=lambda: [None])
+    known: dict[tuple[object, ...], Stack] = field(default_factory=dict)
+    hook: Any = None
+    shared: dict[tuple[int, int], Front] = field(default_factory=dict)
+    window: int | None = None
+    bound: Bound | None = None
+    positions: Tensor | None = None
+    masks: dict[tuple[object, ...], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+
+    def goes_on(self, cache: Any) -> None:
+        """Refuse a cache whose tokens were read behind other stacks: they know those, and stand at their positions."""
+        now = tuple(stack and stack.digest for stack in self.rows)
+        before = cache.__dict__.setdefault(STATE, now)
+        if before != now:
+            if cache.get_seq_length():
+                raise PolicyPatchError(
+                    "past_key_values was filled behind another stack of patches: go on with that one, or begin anew"
+                )
+            cache.__dict__[STATE] = now  # it was emptied
+
+    def become(self, rows: list[Stack | None]) -> None:
+        """Have these stand in front."""
+        self.rows = rows
+        self.shared.clear()
+
+    @contextmanager
+    def standing(self, rows: list[Stack | None]) -> Iterator[None]:
+        """The same for as long as the block lasts."""
+        before = self.rows
+        self.become(rows)
+        try:
+            yield
+        finally:
+            self.become(before)
+
+    @property
+    def longest(self) -> int:
+        """Columns that the stacks take."""
+        return max((stack.length for stack in self.rows if stack is not None), default=0)
+
+    @property
+    def depth(self) -> int:
+        """Layers of the model, where a stack stands before any row."""
+        return next((len(stack.layers) for stack in self.rows if stack is not None), 0)
+
+    def lengths(self, batch: int) -> list[int]:
+        """Of each row of a batch, which may hold several beams of a row."""
+        if batch % len(self.rows):
+            raise PolicyPatchError(
+                f"{len(self.rows)} stacks do not fit a batch of {batch}: give one, or one for each row"
+            )
+        return [0 if stack is None else stack.length for stack in self.rows for _ in range(batch // len(self.rows))]
+
+    def front(self, number: int, batch: int) -> Front | None:
+        """What stands before a layer's own keys and values; None where no stack stands before any row."""
+        found = self.shared.get((number, batch))
+        if found is None and self.longest:
+            found = self.shared[number, batch] = self._front(number, batch)
+        return found
+
+    def _front(self, number: int, batch: int) -> Front:
+        lengths, most = self.lengths(batch), self.longest
+        if len(self.rows) == 1:
+            assert self.rows[0] is not None
+            keys, values = self.rows[0].layers[number]
+            return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), None
+        example = next(stack for stack in self.rows if stack is not None).layers[number]
+        both = [t.new_zeros(batch, t.shape[1], most, t.shape[3]) for t in example]
+        each = batch // len(self.rows)
+        for row, stack in enumerate(self.rows):
+            if stack is not None:
+                for whole, part in zip(both, stack.layers[number], strict=True):
+                    whole[row * each : (row + 1) * each, :, : stack.length] = part
+        there = torch.arange(most)[None] < torch.tensor(lengths)[:, None]
+        return both[0], both[1], None if bool(there.all()) else there.to(both[0].device)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own attention, over the stack's keys and values and then its own."""
+    state: Applied = module.__dict__[STATE]
+    inner = ALL_ATTENTION_FUNCTIONS.get_interface(state.kind, _eager_of(module))
+    whole = whole_of(key, value)
+    batch, _, new, _ = query.shape
+    if new == 1 and attention_mask is None and whole is not None and len(state.rows) == 1 and state.positions is None:
+        return inner(module, query, *whole, None, **kwargs)  # a token of an answer, as nearly all are: all is seen
+    front = state.front(int(module.layer_idx), batch)  # type: ignore[arg-type]
+    if front is None:
+        return inner(module, query, key, value, attention_mask, **kwargs)
+    if whole is None:
+        whole = torch.cat([front[0], key], 2), torch.cat([front[1], value], 2)
+    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    return inner(module, query, *whole, _mask(state, attention_mask, front[2], window, query, key.shape[2]), **kwargs)
+
+
+def _mask(
+    state: Applied, mask: Tensor | None, there: Tensor | None, window: int | None, query: Tensor, old: int
+) -> Tensor | None:
+    """The model's mask for `old` keys, widened by the stack's columns."""
+    window = None if state.positions is None else window
+    wanted = (id(mask), window, query.shape[0], query.shape[2], old, query.device)
+    # The model's own is kept beside it, or its address might become another's.
+    if wanted not in state.masks:
+        seen = None if there is None else there[:, None, None]  # (B, 1, 1, L)
+        if window is not None and state.positions is not None:
+            near = state.positions[:, None, :, None] - torch.arange(state.longest, device=query.device) < window
+            seen = near if seen is None else seen & near
+        state.masks[wanted] = mask, _widened(mask, seen, state.longest, query.shape[2], old, query)
+    return state.masks[wanted][1]
+
+
+def _eager_of(module: nn.Module) -> Any:
+    """The function that the module's own file has for eager attention."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def _widened(mask: Tensor | None, seen: Tensor | None, length: int, new: int, old: int, query: Tensor) -> Tensor | None:
+    """A mask (B or 1, 1, T, length + old) whose first columns are the stack's.
+
+    Args:
+        mask: the model's own, (B or 1, 1 or H, T, old): boolean or added; None is causal.
+        seen: (B or 1, 1, T or 1, length) what of the stack is seen; None is all of it.
+        length: columns of the stack.
+        new: T.
+        old: keys of the model's own tokens.
+        query: for its device.
+    """
+    if mask is None:
+        if new == 1 and seen is None:
+            return None
+        # None means causal, and where there is more than one new token nothing came before them.
+        own = torch.ones(new, old, dtype=torch.bool, device=query.device)
+        mask = (own.tril() if new > 1 else own)[None, None]
+    front = torch.ones(1, 1, 1, length, dtype=torch.bool, device=mask.device) if seen is None else seen
+    front = front.expand(-1, 1, mask.shape[2], -1)
+    if mask.dtype != torch.bool:
+        front = torch.where(front, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
+    rows = max(front.shape[0], mask.shape[0])
+    return torch.cat([front.expand(rows, mask.shape[1], -1, -1), mask.expand(rows, -1, -1, -1)], -1)
