@@ -72,6 +72,8 @@ class PairFilter:
         min_tokens: shorter candidates are neither chosen nor rejected, and empty ones never are.
         max_repetition: a candidate with a larger share of repeated trigrams is not chosen.
         per_prompt: at most this many pairs of one prompt, each candidate used once.
+        hard_negatives: whether a teacher's own risky candidates are rejected sides, too, of as many pairs again: they
+            lie between what is learnt and what the base does, where neither of the two says which way is right.
 
     Raises:
         PolicyPatchError: a field that no filter could use.
@@ -83,6 +85,7 @@ class PairFilter:
     min_tokens: int = 5
     max_repetition: float = 0.1
     per_prompt: int = 1
+    hard_negatives: bool = False
 
     def __post_init__(self) -> None:
         """Refuse bad values where they live, whoever gives them."""

@@ -73,6 +73,21 @@ def test_chosen_is_the_guided_bases_and_rejected_the_bases_own(context):
     assert made.counts["prompts_with_an_unsafe_one"] == sum(max(scores(context, x)) >= 0.5 for x in own.texts)
 
 
+def test_a_hard_negative_is_the_guided_bases_own_riskiest(context):
+    """The pairs without them stay as they are; each of the others is of the guided responses alone."""
+    rule = {"min_tokens": 0, "max_repetition": 1.0}
+    plain, made = teacher(**rule).pairs(context), teacher(hard_negatives=True, **rule).pairs(context)
+    hard = [pair for pair in made.pairs if pair not in plain.pairs]
+    assert [pair for pair in made.pairs if pair in plain.pairs] == plain.pairs
+    assert made.counts["hard_negatives"] == len(hard) > 0 and "hard_negatives" not in plain.counts
+    guided = dict(zip(PROMPTS, drawn(context, PROMPTS, GUIDED[context.form.chat]).texts, strict=True))
+    for pair in hard:
+        texts = guided[pair.prompt]
+        of = sorted((s, t) for s, t in zip(scores(context, texts), texts, strict=True) if t.strip())
+        assert (pair.chosen.text, pair.rejected.text, pair.kind) == (of[0][1], of[-1][1], "pair")
+        assert (pair.chosen_score, pair.rejected_score) == (of[0][0], of[-1][0])
+
+
 def scores(context: TeacherContext, texts: Sequence[str], judge: str = "one") -> list[float]:
     return context.judges[judge].score(texts).tolist()
 
