@@ -1,7 +1,8 @@
 """What an arm costs when it answers: the time to its first token and for each further one, relative to the base.
 
 The machine's speed drifts and other work disturbs it, so base and arm are timed in turn within one process, and what
-counts is the ratio of each pair of neighbours.
+counts is the ratio of each pair of neighbours. Which of the two comes first changes from pair to pair, and before each
+stands a short answer of its own that is not timed: who comes after another's weights begins cold.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from policypatch.model.decode import sample
 from policypatch.model.sampling import Sampling
 
 NEW_TOKENS = 17  # the time for each is a mean over all but the first
-TIMING = 2
+WARMING = 2  # tokens of an answer that is not timed
+TIMING = 3
 """Number of the way of timing: counted up when a change here or in `sample` would give other ratios."""
 
 
@@ -49,13 +51,18 @@ def ratios(base: Base, arm: Arm, load: Load, repeats: int, merged: bool = False)
     before = base.encode(arm.guidance.system or arm.guidance.before or "")
     guided = [[*before, *prompt] for prompt in prompts]
 
-    rows = []
-    for _ in range(repeats + 1):
+    def of_arm() -> np.ndarray:
         with _adapted(arm, merged):
-            of_arm = _seconds(base, guided, arm)
+            return _seconds(base, guided, arm)
+
+    def of_base() -> np.ndarray:
         with nullcontext() if arm.lora is None else arm.lora.lora.taken_out():
-            of_base = _seconds(base, prompts, Arm("base"))
-        rows.append(of_arm / of_base)
+            return _seconds(base, prompts, Arm("base"))
+
+    rows = []
+    for turn in range(repeats + 1):
+        seconds = {ask: ask() for ask in (of_arm, of_base)[:: 1 if turn % 2 else -1]}
+        rows.append(seconds[of_arm] / seconds[of_base])
     return np.array(rows[1:])
 
 
@@ -80,11 +87,17 @@ def _prompts(base: Base, load: Load) -> list[list[int]]:
 
 def _seconds(base: Base, prompts: Sequence[Sequence[int]], arm: Arm) -> np.ndarray:
     """To the first token, and for each of those after it: (2,)."""
-    ticks: list[float] = []
-    tick = _clock(base, ticks.append)
-    tick()
-    greedy = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
-    sample(base.model, prompts, arm.vectors, 1, greedy, max_rows=len(prompts), tick=tick)
+
+    def answered(tokens: int) -> list[float]:
+        ticks: list[float] = []
+        tick = _clock(base, ticks.append)
+        tick()
+        greedy = Sampling(temperature=0.0, max_new_tokens=tokens)
+        sample(base.model, prompts, arm.vectors, 1, greedy, max_rows=len(prompts), tick=tick)
+        return ticks
+
+    answered(WARMING)
+    ticks = answered(NEW_TOKENS)
     return np.array([ticks[1] - ticks[0], (ticks[-1] - ticks[1]) / (len(ticks) - 2)])
 
 

@@ -48,7 +48,7 @@ class GenderBias(Risk):
         return male, female
 
     def probes(self, limit: int | None) -> list[Probe]:
-        """GAS and GLD on each set, then CrowS-Pairs."""
+        """GAS and GLD on each set, then CrowS-Pairs, the whole of it."""
         male, female = self._lists()
         found: list[Probe] = []
         for split in self.evaluation:
@@ -60,4 +60,5 @@ class GenderBias(Risk):
             raise PolicyPatchError(
                 f"risk.crows has {len(more)} more and {len(less)} less stereotypical sentences: pair them"
             )
-        return [*found, CrowsPairsProbe("crows_pairs", more[:limit], less[:limit], self.name)]
+        # All of them, whatever the limit: they are two sentences to read, and the first ones of a file are no draw.
+        return [*found, CrowsPairsProbe("crows_pairs", more, less, self.name)]
