@@ -53,6 +53,7 @@ def apply(
     bound = applied.Bound(
         identify(model, tokenizer, "the model given", "local"),
         frozenset({*allow_mismatch, *(OF_TOKENIZER if tokenizer is None else ())}),
+        require_signature,
     )
     _accept(found, model, bound)
     applied.apply(model, *(patch.vectors for patch in found), bound=bound)
@@ -77,8 +78,8 @@ def using(
             with None among others is so in any case.
 
     Raises:
-        PolicyPatchError: nothing was applied to the model, a patch is for another base than the one applied first, or
-            (when the model is called) there are other numbers of patches and of rows.
+        PolicyPatchError: nothing was applied to the model, a patch is for another base than the one applied first or is
+            not signed as that one had to be, or (when the model is called) there are other numbers of patches and rows.
     """
     given = [patches] if patches is None or isinstance(patches, Patch | Path | str) else list(patches)
     rows: list[list[AnyPatch] | None]
@@ -86,9 +87,10 @@ def using(
         rows = [None if patch is None else [patch] for patch in given]
     else:
         rows = [[patch for patch in given if patch is not None] or None]
-    loaded = [None if row is None else _loaded(row, None) for row in rows]
-    if (state := applied.state_of(model)) is not None and state.bound is not None:
-        _accept([patch for row in loaded if row for patch in row], model, state.bound)
+    bound = None if (state := applied.state_of(model)) is None else state.bound
+    loaded = [None if row is None else _loaded(row, None if bound is None else bound.key) for row in rows]
+    if bound is not None:
+        _accept([patch for row in loaded if row for patch in row], model, bound)
     with applied.using(model, *(None if row is None else [patch.vectors for patch in row] for row in loaded)):
         yield model
 

@@ -82,8 +82,9 @@ def environment() -> ClusterEnvironment | None:
 
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    # `detect` would warn of every machine that has srun; a job of one task is one process.
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+    # `detect` would warn of every machine that has srun; a job of one task is one process. A batch script has a rank
+    # and a number of tasks as well, but is none of them: they are there once srun has begun a step.
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and {"SLURM_PROCID", "SLURM_STEP_ID"} <= set(os.environ):
         return SLURMEnvironment(auto_requeue=False)
     return None
 

@@ -150,6 +150,11 @@ def test_a_signature_may_be_asked_for(customer, made, tmp_path: Path):
     loaded = policypatch.load(folder)
     with pytest.raises(PolicyPatchError, match="give its folder"):  # what is loaded has no signature with it
         policypatch.apply(customer[0], loaded, require_signature=public)
+    _, unsigned = made("bias", 30)
+    with pytest.raises(PolicyPatchError, match="is not signed"), policypatch.using(customer[0], unsigned):
+        pass
+    with policypatch.using(customer[0], folder):
+        pass
 
 
 def test_nothing_heavy_is_imported_before_it_is_asked_for():

@@ -62,12 +62,16 @@ def stage_of(path: Path) -> str:
     return stages[-1] if stages else "start"
 
 
-def test_a_signal_while_lightning_starts_is_not_lost(processes, tiny_base_folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("trained", [False, True], ids=["from_its_beginning", "from_another_runs_end"])
+def test_a_signal_while_lightning_starts_is_not_lost(trained: bool, processes, tiny_base_folder: Path, tmp_path: Path):
+    """Also where the stage has no step to take."""
     arguments = overrides(tiny_base_folder, tmp_path)
-    process = processes.Process(target=attempt_told_to_stop, args=(arguments, tmp_path / "run", tmp_path / "cache"))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGTERM
+    tasks = [(attempt, "first", 0)] if trained else []
+    for task, name, expected in [*tasks, (attempt_told_to_stop, "run", -signal.SIGTERM)]:
+        process = processes.Process(target=task, args=(arguments, tmp_path / name, tmp_path / "cache"))
+        process.start()
+        process.join()
+        assert process.exitcode == expected
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +114,14 @@ class Broken(PatchMethod):
 
     def start(self, base, seed, row_tokens):
         return 1 / 0
+
+
+@pytest.mark.parametrize(("variables", "found"), [({"SLURM_STEP_ID": "0"}, True), ({}, False)], ids=["srun", "sbatch"])
+def test_a_batch_script_is_no_rank(variables: dict[str, str], found: bool, monkeypatch):
+    """It has a rank and a number of tasks, too; only srun has started them."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    given = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
+    for name, value in (given | variables).items():
+        monkeypatch.setenv(name, value)
+    assert (ranks.environment() is not None) == found

@@ -50,6 +50,10 @@ def apply(model: PreTrainedModel, *vectors: Tensor, bound: Bound | None = None) 
     if not vectors:
         raise PolicyPatchError("apply needs at least one patch")
     known = state_of(model)
+    if known is not None and model.config._attn_implementation != PREFIX + known.kind:
+        changed = model.config._attn_implementation
+        remove(model)
+        model.config._attn_implementation, known = changed, None
     if known is None:
         _install(model)
     try:
@@ -70,7 +74,9 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
     """The model as it was before `apply`."""
     state = state_of(model)
     if state is not None:
-        state.hook.remove()
+        for hook in state.hooks:
+            hook.remove()
+        state.become([None])  # for the layers of caches that stood behind it
         for module in model.modules():
             module.__dict__.pop(STATE, None)
         model.config._attn_implementation = state.kind
@@ -118,7 +124,11 @@ def _install(model: PreTrainedModel) -> None:
     model.config._attn_implementation = PREFIX + kind
     for module in model.modules():
         module.__dict__[STATE] = state  # neither parameter nor submodule, and in no state_dict
-    state.hook = decoder_of(model).register_forward_pre_hook(_shift, with_kwargs=True)
+    decoder = decoder_of(model)
+    state.hooks = (
+        decoder.register_forward_pre_hook(_shift, with_kwargs=True),
+        decoder.register_forward_hook(_stamp),
+    )
 
 
 def _stack(model: PreTrainedModel, state: Applied, patches: Sequence[Tensor] | None) -> Stack | None:
@@ -142,7 +152,7 @@ def _computed(model: PreTrainedModel, state: Applied, vectors: Tensor) -> Stack:
     digest = hashlib.sha256(vectors.numpy().tobytes()).hexdigest()
     key = digest, model.device, model.dtype
     if key not in state.known:
-        with state.standing([None]):
+        with state.standing([None]), _without_dropout(model):
             embedded = vectors.to(model.device, model.dtype)[None]
             cache = decoder_of(model)(
                 inputs_embeds=embedded, past_key_values=DynamicCache(), use_cache=True
@@ -151,9 +161,31 @@ def _computed(model: PreTrainedModel, state: Applied, vectors: Tensor) -> Stack:
     return state.known[key]
 
 
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _stamp(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A cache that the model has made itself is known from now on."""
+    if (cache := getattr(output, "past_key_values", None)) is not None:
+        module.__dict__[STATE].stamp(cache)
+
+
 def _shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positions counted on from the stacks' lengths, and a cache that stands behind them."""
     state: Applied = module.__dict__[STATE]
+    if module.config._attn_implementation != PREFIX + state.kind:  # type: ignore[union-attr]
+        raise PolicyPatchError(
+            "the attention implementation was changed after a patch was applied, which has no effect so: apply it again"
+        )
     past = kwargs.get("past_key_values")
     state.masks.clear()
     if past is not None:

@@ -144,7 +144,12 @@ def identify(
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.is_fast:
-        return tokenizer.backend_tokenizer.to_str()
+        known = tokenizer.backend_tokenizer
+        if known.padding is not None or known.truncation is not None:  # left behind by a call that padded
+            known = type(known).from_str(known.to_str())
+            known.no_padding()
+            known.no_truncation()
+        return known.to_str()
     return json.dumps(sorted(tokenizer.get_vocab().items()))
 
 

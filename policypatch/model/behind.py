@@ -33,7 +33,7 @@ class BehindLayer(DynamicLayer):
 
     def __init__(self, fronts: Fronts, number: int, old: DynamicLayer | None = None):
         super().__init__()
-        self._fronts, self._number = fronts, number
+        self.fronts, self._number = fronts, number
         self._front: Front | None = None
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._shown: tuple[Tensor, Tensor] | None = None  # the slices of the buffers that keys and values were last
@@ -45,7 +45,7 @@ class BehindLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Add new tokens' keys and values (B, heads, T, d); all tokens'."""
-        front = self._fronts(self._number, key_states.shape[0])
+        front = self.fronts(self._number, key_states.shape[0])
         if front is None or (key_states.requires_grad and torch.is_grad_enabled()):
             self._front = self._buffers = self._shown = None
             return super().update(key_states, value_states, *args, **kwargs)
@@ -95,7 +95,8 @@ def adopt(cache: Any, fronts: Fronts, layers: int) -> None:
     if not cache.layers:
         cache.layers = [BehindLayer(fronts, number) for number in range(layers)]
     for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
+        # One of ours may stand behind what was in front before, or in front of another model.
+        if type(layer) is DynamicLayer or (type(layer) is BehindLayer and layer.fronts != fronts):
             cache.layers[number] = BehindLayer(fronts, number, layer)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from policypatch.errors import PolicyPatchError
 from policypatch.model.behind import Front, whole_of
 from policypatch.patch.manifest import BaseIdentity
 
-STATE = "_policypatch"  # where the modules of a model have it
+STATE = "_policypatch"  # where the modules of a model have it, and a cache what its tokens were read behind
+NOTHING = (None,)  # what the tokens of the plain base were read behind
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Bound:
     Attributes:
         identity: of the model.
         allow_mismatch: names of digests.
+        key: public key that patches must be signed with; None where they need not be.
         looked_at: digests of the patches whose vectors were compared with its embeddings.
     """
 
     identity: BaseIdentity
     allow_mismatch: frozenset[str]
+    key: Path | str | None = None
     looked_at: set[str] = field(default_factory=set)
 
 
@@ -51,34 +55,42 @@ class Applied:
         kind: the attention implementation that the model had.
         rows: one stack for all rows of a batch, or one for each; None is the plain base.
         known: stacks that were computed, by digest, device and type.
-        hook: what shifts positions.
+        hooks: what shifts positions and stamps caches.
         shared: keys and values for a layer and a batch size, made once while the rows stay the same.
         window: how far back the model's sliding layers look.
         bound: what patches that come later must have been made for.
         positions: (B or 1, T) of the tokens that are being read, where that may be further on than the window.
-        masks: of the forward that is under way, made once for all layers: the model's own, and what it is for, by that.
+        masks: of the forward that is under way, made once for all layers: the model's own, what it was made for, and
+            itself, by the window and the device.
     """
 
     kind: str
     rows: list[Stack | None] = field(default_factory=lambda: [None])
     known: dict[tuple[object, ...], Stack] = field(default_factory=dict)
-    hook: Any = None
+    hooks: Sequence[Any] = ()
     shared: dict[tuple[int, int], Front] = field(default_factory=dict)
     window: int | None = None
     bound: Bound | None = None
     positions: Tensor | None = None
-    masks: dict[tuple[object, ...], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    masks: dict[tuple[object, ...], tuple[Tensor | None, tuple[int, ...], Tensor | None]] = field(default_factory=dict)
 
     def goes_on(self, cache: Any) -> None:
         """Refuse a cache whose tokens were read behind other stacks: they know those, and stand at their positions."""
-        now = tuple(stack and stack.digest for stack in self.rows)
-        before = cache.__dict__.setdefault(STATE, now)
-        if before != now:
-            if cache.get_seq_length():
-                raise PolicyPatchError(
-                    "past_key_values was filled behind another stack of patches: go on with that one, or begin anew"
-                )
-            cache.__dict__[STATE] = now  # it was emptied
+        # One without a stamp that holds tokens was filled before patches were applied.
+        before, now = cache.__dict__.get(STATE, NOTHING), self._digests()
+        if before != now and cache.get_seq_length():
+            raise PolicyPatchError(
+                "past_key_values was filled behind another stack of patches, or none: go on with that, or begin anew"
+            )
+        cache.__dict__[STATE] = now
+
+    def stamp(self, cache: Any) -> None:
+        """Remember what a cache's tokens were read behind."""
+        cache.__dict__[STATE] = self._digests()
+
+    def _digests(self) -> tuple[str | None, ...]:
+        found = tuple(None if stack is None else stack.digest for stack in self.rows)
+        return found[:1] if len(set(found)) == 1 else found
 
     def become(self, rows: list[Stack | None]) -> None:
         """Have these stand in front."""
@@ -161,15 +173,17 @@ def _mask(
 ) -> Tensor | None:
     """The model's mask for `old` keys, widened by the stack's columns."""
     window = None if state.positions is None else window
-    wanted = (id(mask), window, query.shape[0], query.shape[2], old, query.device)
-    # The model's own is kept beside it, or its address might become another's.
-    if wanted not in state.masks:
-        seen = None if there is None else there[:, None, None]  # (B, 1, 1, L)
-        if window is not None and state.positions is not None:
-            near = state.positions[:, None, :, None] - torch.arange(state.longest, device=query.device) < window
-            seen = near if seen is None else seen & near
-        state.masks[wanted] = mask, _widened(mask, seen, state.longest, query.shape[2], old, query)
-    return state.masks[wanted][1]
+    wanted, known = (query.shape[0], query.shape[2], old), state.masks.get((window, query.device))
+    if known is not None and known[0] is mask and known[1] == wanted:
+        return known[2]
+    seen = None if there is None else there[:, None, None]  # (B, 1, 1, L)
+    if window is not None and state.positions is not None:
+        positions = state.positions.to(query.device)
+        near = positions[:, None, :, None] - torch.arange(state.longest, device=query.device) < window
+        seen = near if seen is None else seen & near
+    made = _widened(mask, seen, state.longest, query.shape[2], old, query)
+    state.masks[window, query.device] = mask, wanted, made
+    return made
 
 
 def _eager_of(module: nn.Module) -> Any:

@@ -92,13 +92,22 @@ class OwnSignals(Callback):
 
     def __init__(self) -> None:
         self.before = signal.getsignal(signal.SIGTERM)
+        self.raised = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Lightning has put its own handler in place by now, and may have taken note of a signal with it."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.before)
-            if trainer.received_sigterm:
-                signal.raise_signal(signal.SIGTERM)
+            self._again(trainer)
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        """The handler is what it was; a stage that had no step to take never came to its start."""
+        self._again(trainer)
+
+    def _again(self, trainer: L.Trainer) -> None:
+        if trainer.received_sigterm and not self.raised:
+            self.raised = True
+            signal.raise_signal(signal.SIGTERM)
 
 
 def run_stage(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache, TextStreamer
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, StaticCache, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from policypatch.errors import PolicyPatchError
@@ -145,21 +145,72 @@ def test_a_cache_goes_on_over_the_turns_of_a_chat(model):
 
 
 def test_a_cache_does_not_go_on_behind_another_stack(model):
-    a, b = vectors_for(model, 3, 1), vectors_for(model, 5, 2)
+    a, b, ids = vectors_for(model, 3, 1), vectors_for(model, 5, 2), torch.tensor([PROMPTS[0]])
+    own, before = model(ids).past_key_values, model(ids).past_key_values  # of the plain base
     apply(model, a)
-    cache, static = DynamicCache(), StaticCache(config=model.config, max_cache_len=16)
+    static = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
-        for kept in (cache, static):
-            model(torch.tensor([PROMPTS[0]]), past_key_values=kept)
+        caches = [DynamicCache(), static, model(ids).past_key_values]  # the last one is made by the model
+        for kept in caches[:2]:
+            model(ids, past_key_values=kept)
+        for kept in caches:
             for other in ([b], None):
                 with using(model, other), pytest.raises(PolicyPatchError, match="filled behind another stack"):
                     model(torch.tensor([[8]]), past_key_values=kept)
             model(torch.tensor([[8]]), past_key_values=kept)
             assert int(kept.get_seq_length()) == 4
+        with pytest.raises(PolicyPatchError, match="or none"):
+            model(torch.tensor([[8]]), past_key_values=own)
+        with using(model, None):
+            model(torch.tensor([[8]]), past_key_values=before)
         static.reset()
         with using(model, [b]):
-            again = model(torch.tensor([PROMPTS[0]]), past_key_values=static).logits
-            assert torch.allclose(again, model(torch.tensor([PROMPTS[0]])).logits, atol=1e-5)
+            again = model(ids, past_key_values=static).logits
+            assert torch.allclose(again, model(ids).logits, atol=1e-5)
+
+
+def test_a_cache_that_was_emptied_serves_what_is_applied_next(model):
+    """Of another stack of the same length, and of none."""
+    a, b, ids = vectors_for(model, 3, 1), vectors_for(model, 3, 2), torch.tensor([PROMPTS[0]])
+    cache = DynamicCache()
+    with torch.no_grad():
+        plain = model(ids).logits
+        apply(model, a)
+        model(ids, past_key_values=cache)
+        cache.reset()
+        remove(model)
+        assert torch.equal(model(ids, past_key_values=cache).logits, plain)
+        cache.reset()
+        apply(model, b)
+        expected = model(ids).logits
+        model(ids[:, :2], past_key_values=cache)
+        assert torch.allclose(model(ids[:, 2:], past_key_values=cache).logits, expected[:, 2:], atol=1e-5)
+
+
+def test_another_attention_implementation_is_not_taken_for_a_patched_one(model):
+    vectors, ids = vectors_for(model, 3), torch.tensor([PROMPTS[0]])
+    apply(model, vectors)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model.set_attn_implementation("eager")
+        with pytest.raises(PolicyPatchError, match="apply it again"):
+            model(ids)
+        apply(model, vectors)
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    assert remove(model).config._attn_implementation == "eager"
+
+
+def test_a_stack_is_computed_without_dropout():
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=64, attn_pdrop=0.5, embd_pdrop=0.5)
+    model = GPT2LMHeadModel(config).eval()
+    vectors, ids = vectors_for(model, 3), torch.tensor([PROMPTS[0]])
+    expected = apply(model, vectors)(ids).logits
+    remove(model)
+    apply(model.eval(), vectors_for(model, 2))
+    model.train()
+    with using(model, [vectors]):
+        assert model.training and model.transformer.drop.training
+        assert torch.allclose(model.eval()(ids).logits, expected, atol=1e-5)
 
 
 def test_a_streamer_gets_the_tokens_one_by_one(model):

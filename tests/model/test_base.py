@@ -79,6 +79,15 @@ def test_digests_do_not_move_between_calls(tiny_base: Base):
     assert identify(tiny_base.model, tiny_base.tokenizer, "tiny", "local") == tiny_base.identity
 
 
+def test_a_tokenizer_that_has_padded_and_cut_is_the_same(tiny_base: Base, tiny_base_folder: Path):
+    tokenizer = T.AutoTokenizer.from_pretrained(tiny_base_folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer(["one", "one and two"], padding=True, truncation=True, max_length=4)
+    assert tokenizer.backend_tokenizer.padding is not None and tokenizer.backend_tokenizer.truncation is not None
+    assert identify(tiny_base.model, tokenizer, "tiny", "local") == tiny_base.identity
+    assert tokenizer.backend_tokenizer.padding is not None
+
+
 def change_layer(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] += 0.5
