@@ -1,5 +1,6 @@
 """A tiny random Llama with a tokenizer of its own, in memory and as a folder, and a cache that no test shares."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from policypatch.model.base import Base
 from policypatch.model.load import load_base
+
+os.environ.setdefault("POLICYPATCH_HOME", str(Path(__file__).parent.parent))  # as run.py does, wherever a test goes
 
 VOCABULARY = 300
 # Enough different words for the 300 - 256 - 3 merges.
