@@ -33,6 +33,8 @@ class PromptSet:
         portion: only texts whose digest lies in this part of all digests, [from, to) of [0, 1]; sets with portions
             that do not overlap share no text.
         take: "all" of that, or its "first_half" (in words, rounded down, at least one).
+        rephrase: a regular expression (`pattern`) and what its first match becomes (`into`, with `\\1` for its first
+            group and so on); a prompt without a match stays as it is.
         limit: how many prompts at most, drawn without replacement by `seed`; None takes all.
         seed: of that draw.
 
@@ -47,6 +49,7 @@ class PromptSet:
     before: str | None = None
     portion: Sequence[float] | None = None
     take: str = "all"
+    rephrase: Mapping[str, str] | None = None
     limit: int | None = None
     seed: int = 0
 
@@ -57,6 +60,8 @@ class PromptSet:
         Number(least=1, whole=True, null=True).check("limit", self.limit)
         for name in ("remove", "before"):
             _check_expression(name, getattr(self, name))
+        if self.rephrase is not None:
+            _check_rephrase(self.rephrase)
         if self.portion is not None and not _is_portion(self.portion):
             raise PolicyPatchError(f"portion is {self.portion!r}: give two numbers in [0, 1], the smaller one first")
         if self.where is not None and not (
@@ -108,14 +113,14 @@ class PromptSet:
         return texts if self.remove is None else [re.sub(self.remove, "", text).strip() for text in texts]
 
     def _prompt(self, text: str) -> str:
-        """The part of a text that is the prompt; empty where there is none."""
+        """The part of a text that is the prompt, rephrased; empty where there is none."""
         if self.before is not None:
             cut = re.search(self.before, text)
             text = text[: cut.start()].strip() if cut else ""
-        if self.take == "all":
-            return text
-        words = text.split()
-        return " ".join(words[: max(1, len(words) // 2)])
+        if self.take == "first_half":
+            words = text.split()
+            text = " ".join(words[: max(1, len(words) // 2)])
+        return text if self.rephrase is None else re.sub(self.rephrase["pattern"], self.rephrase["into"], text, count=1)
 
     def _why_none(self, texts: int) -> str:
         if not texts and self.portion is not None:
@@ -170,3 +175,13 @@ def _check_expression(name: str, value: object) -> None:
         re.compile(value)
     except re.error as error:
         raise PolicyPatchError(f"{name} is {value!r}: it is no regular expression ({error})") from error
+
+
+def _check_rephrase(value: object) -> None:
+    if not isinstance(value, Mapping) or set(value) != {"pattern", "into"} or not isinstance(value["into"], str):
+        raise PolicyPatchError(f"rephrase is {value!r}: give a pattern and what it becomes (into), or null")
+    _check_expression("rephrase.pattern", value["pattern"])
+    try:
+        re.sub(value["pattern"], value["into"], "")
+    except (re.error, IndexError) as error:
+        raise PolicyPatchError(f"rephrase.into is {value['into']!r}: it does not fit the pattern ({error})") from error

@@ -161,6 +161,31 @@ def test_a_prompt_is_what_stands_before_the_first_match(text_file):
     assert PromptSet(text_file(*lines), before=r"\bhe\b", take="first_half").load("k") == ["The cook"]
 
 
+def test_what_an_expression_matches_is_rephrased(text_file):
+    """Once in a prompt; texts are compared with those that are measured on as they were."""
+    how = {"pattern": r"^.*?\bhow to (.*?)\.?$", "into": r"How can I \1?"}
+    file = text_file("Explain how to win and how to lose.", "Write a poem.", "Show how to win and how to lose")
+    prompts = PromptSet(file, rephrase=how)
+    assert prompts.load("k") == ["How can I win and how to lose?", "Write a poem."]
+    without = ["explain how to win and how to lose"]
+    assert prompts.load("k", without=without) == ["Write a poem.", "How can I win and how to lose?"]
+    assert prompts.load("k", without=["How can I win and how to lose?"]) == ["Write a poem."]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("how to", "give a pattern and what it becomes"),
+        ({"pattern": "how to"}, "give a pattern and what it becomes"),
+        ({"pattern": "how to (", "into": "a"}, "rephrase.pattern is 'how to .*no regular expression"),
+        ({"pattern": "how to", "into": r"\1"}, "rephrase.into .* does not fit the pattern"),
+    ],
+)
+def test_what_cannot_be_rephrased_so(value: object, told: str):
+    with pytest.raises(PolicyPatchError, match=told):
+        PromptSet("/any.txt", rephrase=value)
+
+
 def test_an_evaluation_text_is_left_out_before_it_is_cut(text_file):
     prompts = PromptSet(text_file("The cook said he left.", "The clerk said he left."), before=r"\bhe\b")
     assert prompts.load("k", without=["the cook said he left"]) == ["The clerk said"]
