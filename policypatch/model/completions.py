@@ -93,7 +93,6 @@ class Completions:
         """(prompts, k) the judge's scores, kept beside the samples; NaN where it failed on a text."""
 
         def make(rows: range) -> np.ndarray:
-            log.info("judging %d texts by %s", len(rows) * self.k, judge.name)
             prompts = [self.prompts[i] for i in rows for _ in range(self.k)]
             texts = [text for i in rows for text in self.texts[i]]
             return judged(judge, texts, prompts, self.k).reshape(len(rows), self.k)
