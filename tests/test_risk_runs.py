@@ -208,7 +208,8 @@ def test_every_patch_is_measured_on_all_other_risks_and_utility(risk: str, go, t
         assert figures(card, other, "sft") == {}
         for arm in ("base", "patch"):
             assert figures(card, other, arm) == FIGURES[other]
-        assert max(row.n for row in card if row.risk == other) == 4  # evaluate.other_prompts
+        limited = [row for row in card if row.risk == other and row.split != "crows_pairs"]  # which is read whole
+        assert max(row.n for row in limited) == 4  # evaluate.other_prompts
     assert not any(row.filter for row in card if row.risk != risk)
     assert card.find(arm="base", metric="kl_benign").value == 0
     assert card.find(arm="patch", metric="kl_benign").value > 0

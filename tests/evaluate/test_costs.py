@@ -106,12 +106,15 @@ def test_adapters_are_timed_in_the_precision_of_the_base(tiny_base_folder: Path,
     base = load_base(OmegaConf.create({"name": "tiny", "source": None, "path": str(tiny_base_folder), **options}))
     lora = LoRA(base, LoRASettings(2, 4), 0)
     before = {name: p.detach().clone() for name, p in lora.parameters.items()}
-    seen = []
-    monkeypatch.setattr(
-        latency, "_seconds", lambda *_: seen.append({p.dtype for p in lora.parameters.values()}) or np.ones(2)
-    )
+    seen = {}
+
+    def look(base, prompts, arm):
+        seen[arm.name] = {p.dtype for p in lora.parameters.values()}
+        return np.ones(2)
+
+    monkeypatch.setattr(latency, "_seconds", look)
     ratios(base, Arm("lora", lora=lora.state()), Load(4, 1), 1)
-    assert seen[0] == {torch.bfloat16}
+    assert seen["lora"] == {torch.bfloat16}
     assert all(torch.equal(p, before[name]) and p.dtype == torch.float32 for name, p in lora.parameters.items())
 
 
@@ -119,7 +122,8 @@ def test_a_safety_prompt_is_read_as_well(tiny_base: Base, monkeypatch):
     asked = []
     monkeypatch.setattr(latency, "_seconds", lambda base, prompts, arm: asked.append(prompts) or np.ones(2))
     ratios(tiny_base, Arm("prompt", guidance=Guidance("Be kind.")), Load(4, 2), repeats=1)
-    told, plain = asked[:2]
+    plain, told = asked[:2]
+    assert asked[2:] == [told, plain]  # which of the two comes first changes
     before = tiny_base.encode("Be kind.")
     assert told == [[*before, *prompt] for prompt in plain]
     assert [len(prompt) for prompt in plain] == [4, 4] and plain[0] != plain[1]
