@@ -85,8 +85,9 @@ class Applied:
         cache.__dict__[STATE] = now
 
     def stamp(self, cache: Any) -> None:
-        """Remember what a cache's tokens were read behind."""
-        cache.__dict__[STATE] = self._digests()
+        """Remember what the tokens of a cache that the model has made itself were read behind."""
+        if STATE not in cache.__dict__:  # any other went through goes_on
+            cache.__dict__[STATE] = self._digests()
 
     def _digests(self) -> tuple[str | None, ...]:
         found = tuple(None if stack is None else stack.digest for stack in self.rows)

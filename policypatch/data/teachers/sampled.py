@@ -89,19 +89,20 @@ class SampledTeacher(ABC):
         theirs = ours if self.is_base else self.responses(context, context.prompts)
         rejected_scores = self._scores(context, ours)
         chosen_scores = rejected_scores if theirs is ours else self._scores(context, theirs)
+        hardened = self.rule.hard_negatives and theirs is not ours
         pairs: list[Pair] = []
         hard = 0
         for i, prompt in enumerate(ours.prompts):
             rejected = _candidates(ours, i, rejected_scores)
             chosen = rejected if theirs is ours else _candidates(theirs, i, chosen_scores)
-            for c, r in choose_pairs(chosen, rejected, self.rule):
-                scores = float(chosen.scores[:, c].max()), float(rejected.scores[:, r].min())
-                pairs.append(_pair(context, prompt, self._side(theirs, i, c), _side(ours, i, r), scores))
-            if self.rule.hard_negatives and theirs is not ours:
-                for c, r in choose_pairs(chosen, chosen, self.rule):
-                    scores = float(chosen.scores[:, c].max()), float(chosen.scores[:, r].min())
-                    pairs.append(_pair(context, prompt, self._side(theirs, i, c), self._side(theirs, i, r), scores))
-                    hard += 1
+            against = [(ours, rejected, _side)]
+            if hardened:
+                against.append((theirs, chosen, self._side))
+            for made, risky, side in against:
+                for c, r in choose_pairs(chosen, risky, self.rule):
+                    scores = float(chosen.scores[:, c].max()), float(risky.scores[:, r].min())
+                    pairs.append(_pair(context, prompt, self._side(theirs, i, c), side(made, i, r), scores))
+                    hard += made is not ours
         unsafe = int((np.fmax.reduce(rejected_scores.min(0), 1) >= self.rule.rejected_at_least).sum())
         counts = {"prompts": len(context.prompts), "responses": len(context.prompts) * self.n}
         counts |= {"prompts_with_an_unsafe_one": unsafe, "risk_pairs": len(pairs)}
