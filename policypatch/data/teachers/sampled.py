@@ -8,7 +8,7 @@ it is; its rejected one is the teacher's where that refuses what the base answer
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from policypatch.model.form import PLAIN, Form
 from policypatch.model.sampling import Sampling
 from policypatch.model.tree import Item
 
+Side = Callable[[Completions, int, int], Text]
 REFUSED = 0.5  # a compliance score below it is a refusal
 
 
@@ -95,7 +96,7 @@ class SampledTeacher(ABC):
         for i, prompt in enumerate(ours.prompts):
             rejected = _candidates(ours, i, rejected_scores)
             chosen = rejected if theirs is ours else _candidates(theirs, i, chosen_scores)
-            against = [(ours, rejected, _side)]
+            against: list[tuple[Completions, Candidates, Side]] = [(ours, rejected, _side)]
             if hardened:
                 against.append((theirs, chosen, self._side))
             for made, risky, side in against:
