@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from policypatch.evaluate.scorecard import COST, Row
-from policypatch.files.cache import array
+from policypatch.files.arrays import array
 from policypatch.model.arm import Arm
 from policypatch.model.backbone import is_adapter
 from policypatch.model.base import Base

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
 import torch
 
 from policypatch.evaluate.likelihoods import backbone_of
-from policypatch.files.cache import rows_array
+from policypatch.files.arrays import rows_array
+from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
 from policypatch.model.completions import Completions
 from policypatch.model.tree import Item
-from policypatch.progress import track
 
 BATCH_TOKENS = 2048  # completion tokens scored at once
 
@@ -32,36 +32,31 @@ def completion_nll(scorer: Base, made: Completions, samples: int) -> np.ndarray:
         "dtype": str(scorer.model.dtype)
     }
 
-    def make(rows: range) -> np.ndarray:
-        with track(f"perplexity by {scorer.identity.id}", len(rows)) as advance:
-            return _score(scorer, made, rows, samples, advance)
+    def make(batches: Sequence[range]) -> Iterator[np.ndarray]:
+        backbone = backbone_of(scorer)
+        for rows in batches:
+            yield _nll(scorer, backbone, made, rows, samples)
 
-    return rows_array("perplexity", about, len(made.prompts), make)
+    at_once = max(1, BATCH_TOKENS // max(1, samples * made.max_new_tokens))
+    what = f"perplexity by {scorer.identity.id}"
+    return rows_array("perplexity", about, len(made.prompts), make, what, at_once)
 
 
 @torch.inference_mode()
-def _score(scorer: Base, made: Completions, rows: range, samples: int, advance: Callable[[int], None]) -> np.ndarray:
-    backbone = backbone_of(scorer)
+def _nll(scorer: Base, backbone: PrefixBackbone, made: Completions, rows: range, samples: int) -> np.ndarray:
+    """(rows, samples) of these prompts, in one tree."""
     out = np.full((len(rows), samples), np.nan)
-    for batch in _batches(made, rows, samples):
-        items, places = [], []
-        for i in batch:
-            ends = [tuple(scorer.encode(text)) for text in made.texts[i][:samples]]
-            kept = [s for s, end in enumerate(ends) if end]
-            if kept:
-                items.append(Item(tuple(scorer.encode_prompt(made.prompts[i])), tuple(ends[s] for s in kept)))
-                places += [(i - rows.start, s) for s in kept]
-        if items:
-            tree = backbone.tree(items)
-            lengths = torch.bincount(tree.sequence, minlength=tree.sequences)
-            nll = -backbone.sequence_logprobs(tree) / lengths
-            lines, columns = zip(*places, strict=True)
-            out[list(lines), list(columns)] = nll.cpu().numpy()
-        advance(len(batch))
+    items, places = [], []
+    for line, i in enumerate(rows):
+        ends = [tuple(scorer.encode(text)) for text in made.texts[i][:samples]]
+        kept = [s for s, end in enumerate(ends) if end]
+        if kept:
+            items.append(Item(tuple(scorer.encode_prompt(made.prompts[i])), tuple(ends[s] for s in kept)))
+            places += [(line, s) for s in kept]
+    if items:
+        tree = backbone.tree(items)
+        lengths = torch.bincount(tree.sequence, minlength=tree.sequences)
+        nll = -backbone.sequence_logprobs(tree) / lengths
+        lines, columns = zip(*places, strict=True)
+        out[list(lines), list(columns)] = nll.cpu().numpy()
     return out
-
-
-def _batches(made: Completions, rows: range, samples: int) -> list[Sequence[int]]:
-    """Numbers of these prompts, so many together as make about BATCH_TOKENS completion tokens."""
-    at_once = max(1, BATCH_TOKENS // max(1, samples * made.max_new_tokens))
-    return [rows[i : i + at_once] for i in range(0, len(rows), at_once)]

@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -150,35 +149,6 @@ def _seen(folder: Path) -> None:
             f"rank {ranks.rank()} does not see {folder}, which the first rank has made: set POLICYPATCH_CACHE to a "
             "folder that all machines share"
         )
-
-
-def array(kind: str, about: Mapping[str, Any], make: Callable[[], np.ndarray]) -> np.ndarray:
-    """An entry that is one array: from the cache, or made and kept under everything that `about` names."""
-
-    def build(folder: Path) -> None:
-        np.save(folder / "array.npy", make())
-
-    return _read(entry(kind, content_key(**about), build, about=about))
-
-
-def rows_array(kind: str, about: Mapping[str, Any], rows: int, make: Callable[[range], np.ndarray]) -> np.ndarray:
-    """An entry that is an array of so many rows, each of which one rank makes.
-
-    Args:
-        kind, about: as of `array`.
-        rows: its first dimension.
-        make: gives the part of it that has the row numbers it is called with, consecutive ones.
-    """
-
-    def build(folder: Path) -> None:
-        np.save(folder / "array.npy", np.concatenate(ranks.parts(rows, make)))
-
-    return _read(entry(kind, content_key(**about), build, about=about, together=True))
-
-
-def _read(folder: Path) -> np.ndarray:
-    found: np.ndarray = np.load(folder / "array.npy", allow_pickle=False)
-    return found
 
 
 @contextmanager

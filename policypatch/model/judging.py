@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,52 +28,63 @@ class CompletionJudge(Protocol):
 
 
 def judged(judge: CompletionJudge, texts: Sequence[str], prompts: Sequence[str], k: int) -> np.ndarray:
-    """(N,) scores in [0, 1]; NaN for a text that the judge raised an exception on.
+    """(N,) scores of all texts, which the judge is asked about at once; as `judged_in_batches` otherwise."""
+    [scores] = judged_in_batches(judge, texts, prompts, k, [range(len(texts))])
+    return scores
+
+
+def judged_in_batches(
+    judge: CompletionJudge, texts: Sequence[str], prompts: Sequence[str], k: int, batches: Sequence[range]
+) -> Iterator[np.ndarray]:
+    """Scores in [0, 1] of one batch after the other; NaN for a text that the judge raised an exception on.
 
     Which text it was is found by halving what it was asked about, so N texts of which one fails cost about 2 N.
 
     Args:
         judge: who is asked; may be a user's own.
-        texts: what is judged, the k completions of a prompt next to each other.
+        texts: (N,) what is judged, the k completions of a prompt next to each other.
         prompts: (N,) what each text answers.
         k: completions a prompt, for the words of an error.
+        batches: numbers of the texts that it is asked about at once.
 
     Raises:
         PolicyPatchError: the judge raised one itself (which says what to do), gave another number of scores or one
             that is not in [0, 1], or failed on the only text, or on more than one and more than `MOST_FAILED` of all.
     """
-    scores = np.full(len(texts), np.nan)
     failed: list[int] = []
     first: Exception | None = None
     most = max(int(MOST_FAILED * len(texts)), min(1, len(texts) - 1))
-    asked = [range(len(texts))] if texts else []
-    while asked:
-        rows = asked.pop()
-        part = slice(rows.start, rows.stop)
-        try:
-            given = judge.score(texts[part], prompts[part])
-        except PolicyPatchError:
-            raise
-        except Exception as error:  # whatever a user's judge, or a library below it, raises
-            first = first or error
-            if len(rows) > 1:
-                middle = len(rows) // 2
-                asked += [rows[middle:], rows[:middle]]
+    for batch in batches:
+        scores = np.full(len(batch), np.nan)
+        asked = [batch] if batch else []
+        while asked:
+            rows = asked.pop()
+            part = slice(rows.start, rows.stop)
+            try:
+                given = judge.score(texts[part], prompts[part])
+            except PolicyPatchError:
+                raise
+            except Exception as error:  # whatever a user's judge, or a library below it, raises
+                first = first or error
+                if len(rows) > 1:
+                    middle = len(rows) // 2
+                    asked += [rows[middle:], rows[:middle]]
+                    continue
+                failed.append(rows.start)
+                if len(failed) > most:
+                    raise PolicyPatchError(
+                        f"judge {judge.name}: failed on {len(failed)} of {len(texts)} texts, which is too many: mend "
+                        f"it or do without; the first is {_place(failed[0], k)} ({type(first).__name__}: {first})"
+                    ) from first
                 continue
-            failed.append(rows.start)
-            if len(failed) > most:
-                raise PolicyPatchError(
-                    f"judge {judge.name}: failed on {len(failed)} of {len(texts)} texts, which is too many: mend it or "
-                    f"do without; the first is {_place(failed[0], k)} ({type(first).__name__}: {first})"
-                ) from first
-            continue
-        scores[part] = checked_scores(judge, given, len(rows), k, rows.start)
+            given = checked_scores(judge, given, len(rows), k, rows.start)
+            scores[rows.start - batch.start : rows.stop - batch.start] = given
+        yield scores
     if failed:
         log.warning(
             "judge %s failed on %d of %d texts, which count nowhere; the first is %s (%s: %s)",
             *(judge.name, len(failed), len(texts), _place(failed[0], k), type(first).__name__, first),
         )
-    return scores
 
 
 def checked_scores(judge: CompletionJudge, given: Any, texts: int, k: int = 1, start: int = 0) -> np.ndarray:

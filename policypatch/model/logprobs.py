@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from policypatch.files.cache import rows_array
+from policypatch.files.arrays import rows_array
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
 from policypatch.model.tree import Item
 from policypatch.patch.artifact import digest
-from policypatch.progress import track
 
 AT_ONCE = 16  # pairs in a tree
 
@@ -41,18 +40,15 @@ def item_logprobs(base: Base, patch: Tensor | None, items: Sequence[Item], row_t
     }
 
     @torch.no_grad()
-    def make(rows: range) -> np.ndarray:
+    def make(batches: Sequence[range]) -> Iterator[np.ndarray]:
         backbone = PrefixBackbone(base.model, patch, row_tokens)
-        ours = [items[i] for i in rows]
-        out = np.full((len(ours), 2), np.nan, dtype=np.float32)
-        with track("log-probabilities", len(ours)) as advance:
-            for start in range(0, len(ours), AT_ONCE):
-                batch = ours[start : start + AT_ONCE]
-                sums = iter(backbone.sequence_logprobs(backbone.tree(batch)).tolist())
-                for row, item in enumerate(batch, start):
-                    for column in range(len(item.completions)):
-                        out[row, column] = next(sums)
-                advance(len(batch))
-        return out
+        for rows in batches:
+            batch = list(items[rows.start : rows.stop])
+            out = np.full((len(batch), 2), np.nan, dtype=np.float32)
+            sums = iter(backbone.sequence_logprobs(backbone.tree(batch)).tolist() if batch else ())
+            for row, item in enumerate(batch):
+                for column in range(len(item.completions)):
+                    out[row, column] = next(sums)
+            yield out
 
-    return torch.from_numpy(rows_array("reference", about, len(items), make))
+    return torch.from_numpy(rows_array("reference", about, len(items), make, "log-probabilities", AT_ONCE))

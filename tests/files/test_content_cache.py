@@ -8,7 +8,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
@@ -200,33 +199,6 @@ def test_clean_removes_what_killed_builds_left(own_cache: Path, tmp_path: Path) 
     assert upkeep.usage() == [("pairs", 0, 4)]
     assert upkeep.clean() == 4
     assert upkeep.usage() == [("pairs", 0, 0)]
-
-
-def test_an_array_is_made_once_for_everything_it_depends_on() -> None:
-    made = []
-
-    def make() -> np.ndarray:
-        made.append(1)
-        return np.array([[1.5, np.nan], [len(made), np.inf]])
-
-    first, again = cache.array("words", {"a": [1, 2]}, make), cache.array("words", {"a": (1, 2)}, make)
-    np.testing.assert_array_equal(first, [[1.5, np.nan], [1, np.inf]])
-    np.testing.assert_array_equal(first, again)
-    assert first.dtype == again.dtype == np.float64
-    assert len(made) == 1
-    assert cache.array("words", {"a": [2, 1]}, make)[1, 0] == 2
-    assert cache.counters() == {"words": {"hits": 1, "misses": 2}}
-
-
-def test_an_array_whose_making_fails_is_made_by_the_next() -> None:
-    with pytest.raises(ZeroDivisionError):
-        cache.array("words", {"a": 1}, lambda: np.array([1 / 0]))
-    assert cache.array("words", {"a": 1}, lambda: np.array([7])).tolist() == [7]
-
-
-def test_an_array_of_objects_is_never_unpickled() -> None:
-    with pytest.raises(ValueError, match="allow_pickle"):
-        cache.array("words", {"a": 1}, lambda: np.array([{}], dtype=object))
 
 
 def test_usage_and_clean_by_kind() -> None:

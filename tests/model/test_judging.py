@@ -7,7 +7,8 @@ import pytest
 from tiny_run import HashJudge
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.judging import judged
+from policypatch.model.completions import Completions
+from policypatch.model.judging import judged, judged_in_batches
 
 TEXTS = [f"text {i}" for i in range(40)]
 
@@ -81,3 +82,31 @@ def test_a_wrong_score_is_named_by_its_own_place_after_a_failure_before_it():
 
 def test_nothing_to_judge():
     assert judged(Picky(), [], [], 1).shape == (0,)
+
+
+def test_judgements_that_a_kill_came_between_go_on_behind_the_last_batch(monkeypatch, tmp_path):
+    monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr("policypatch.model.completions.JUDGED_AT_ONCE", 10)  # texts: two prompts
+    rows = [TEXTS[i : i + 4] for i in range(0, 40, 4)]
+    made = Completions("key", [f"prompt {i}" for i in range(10)], [[[1]] * 4] * 10, rows, 1)
+
+    class Dying(Picky):
+        def score(self, texts, prompts=None):
+            if self.calls == 3:
+                raise KeyboardInterrupt
+            return super().score(texts, prompts)
+
+    with pytest.raises(KeyboardInterrupt):
+        made.scores(Dying())
+    judge = Picky()
+    assert np.array_equal(made.scores(judge).reshape(-1), HashJudge("picky").score(TEXTS))
+    assert judge.calls == 2  # of five batches
+
+
+def test_failures_are_counted_over_all_batches():
+    batches = [range(i, i + 10) for i in range(0, 40, 10)]
+    bad = [TEXTS[0], TEXTS[11], TEXTS[22]]
+    found = judged_in_batches(Picky(*bad[:2]), TEXTS, TEXTS, 1, batches)
+    assert np.flatnonzero(np.isnan(np.concatenate(list(found)))).tolist() == [0, 11]
+    with pytest.raises(PolicyPatchError, match=r"failed on 3 of 40 .*text 1 \("):
+        list(judged_in_batches(Picky(*bad), TEXTS, TEXTS, 1, batches))

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from policypatch.errors import PolicyPatchError
-from policypatch.progress import track
 
 
 @runtime_checkable
@@ -90,13 +89,11 @@ class BaseJudge(ABC):
         scores = np.zeros(len(texts), dtype=np.float64)
         # Neighbours of like length pad least, and the order does not change what a text scores.
         unique = sorted(rows_of, key=lambda pair: len(pair[0]) + len(pair[1]))
-        with track(f"judging by {self.name}", len(unique)) as advance:
-            for start in range(0, len(unique), self.batch_size):
-                batch = unique[start : start + self.batch_size]
-                rows = [rows_of[pair] for pair in batch]
-                for row_list, value in zip(rows, self._checked(batch, rows), strict=True):
-                    scores[row_list] = value
-                advance(len(batch))
+        for start in range(0, len(unique), self.batch_size):
+            batch = unique[start : start + self.batch_size]
+            rows = [rows_of[pair] for pair in batch]
+            for row_list, value in zip(rows, self._checked(batch, rows), strict=True):
+                scores[row_list] = value
         return scores
 
     def _prompts(self, texts: Sequence[str], prompts: Sequence[str] | None) -> Sequence[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,11 @@ from policypatch.evaluate.likelihoods import next_word_mass
 from policypatch.evaluate.measure import filled
 from policypatch.evaluate.metrics import GLD, MeanValue, StereotypePreference
 from policypatch.evaluate.probes.probe import Bench, Outcome, Plan, Reading, text_nll
-from policypatch.files.cache import rows_array
+from policypatch.files.arrays import rows_array
 from policypatch.model.arm import Arm
 
 WORD_TOKENS = 16  # that a listed word may have
+AT_ONCE = 32  # prompts between two notes of what is done
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,14 @@ class NextWordProbe:
         """The mass on either list behind each prompt."""
         words = [*self.male, *self.female]
 
-        def make(rows: range) -> np.ndarray:
-            prompts = [arm.guidance.before + self.prompts[i] for i in rows]
+        def make(batches: Sequence[range]) -> Iterator[np.ndarray]:
             with arm.on(bench.base) as base:
-                return next_word_mass(base, arm.vectors, prompts, words)
+                for rows in batches:
+                    prompts = [arm.guidance.before + self.prompts[i] for i in rows]
+                    yield next_word_mass(base, arm.vectors, prompts, words)
 
         about = {"arm": arm.identity(bench.base), "prompts": list(self.prompts), "words": words}
-        mass = rows_array("word_mass", about, len(self.prompts), make)
+        mass = rows_array("word_mass", about, len(self.prompts), make, f"next words of {arm.name}", AT_ONCE)
         male = len(self.male)
         both = np.stack([mass[:, :male].sum(1), mass[:, male:].sum(1)], 1)
         return Outcome(

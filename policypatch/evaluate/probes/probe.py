@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,11 +10,13 @@ import numpy as np
 
 from policypatch.evaluate.likelihoods import sequence_nll
 from policypatch.evaluate.measure import Measured, Settings
-from policypatch.files.cache import rows_array
+from policypatch.files.arrays import rows_array
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.model.form import PLAIN, Form
 from policypatch.model.sampling import Sampling
+
+TEXTS_AT_ONCE = 64  # between two notes of what is done
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,11 @@ class Probe(Protocol):
 def text_nll(bench: Bench, arm: Arm, texts: Sequence[str]) -> np.ndarray:
     """Negative log-likelihood of whole texts under an arm, and their tokens: (N, 2), from the cache where it has it."""
 
-    def make(rows: range) -> np.ndarray:
-        before = [arm.guidance.before] * len(rows) if arm.guidance.before else None
+    def make(batches: Sequence[range]) -> Iterator[np.ndarray]:
         with arm.on(bench.base) as base:
-            return sequence_nll(base, arm.vectors, [texts[i] for i in rows], before)
+            for rows in batches:
+                before = [arm.guidance.before] * len(rows) if arm.guidance.before else None
+                yield sequence_nll(base, arm.vectors, [texts[i] for i in rows], before)
 
     about = {"arm": arm.identity(bench.base), "texts": list(texts)}
-    return rows_array("text_nll", about, len(texts), make)
+    return rows_array("text_nll", about, len(texts), make, f"texts under {arm.name}", TEXTS_AT_ONCE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,11 @@ import torch
 from policypatch.evaluate.measure import filled
 from policypatch.evaluate.metrics import CorpusPerplexity, MeanValue
 from policypatch.evaluate.probes.probe import Bench, Outcome, Plan, Reading, text_nll
-from policypatch.files.cache import rows_array
+from policypatch.files.arrays import rows_array
 from policypatch.model.arm import Arm
 from policypatch.model.completions import Completions, complete
-from policypatch.model.form import CHAT
+from policypatch.model.form import CHAT, Form
 from policypatch.model.tree import Item
-from policypatch.progress import track
 
 AT_ONCE = 8  # prompts in a tree
 
@@ -57,32 +56,30 @@ class BenignKLProbe:
             CHAT,
         )
 
-        def make(rows: range) -> np.ndarray:
-            return np.zeros(len(rows)) if arm.is_base else _kl(bench, arm, made, rows)
+        def make(batches: Sequence[range]) -> Iterator[np.ndarray]:
+            return (np.zeros(len(rows)) for rows in batches) if arm.is_base else _kl(bench, arm, made, batches)
 
         about = {"arm": arm.identity(bench.base), "responses": made.key}
-        values = rows_array("divergence", about, len(self.prompts), make)
+        values = rows_array("divergence", about, len(self.prompts), make, f"KL of {arm.name}", AT_ONCE)
         return Outcome([filled("kl_benign", None, MeanValue(), torch.from_numpy(values))])
 
 
 @torch.no_grad()
-def _kl(bench: Bench, arm: Arm, made: Completions, rows: range) -> np.ndarray:
-    """(rows,) mean KL per token on these prompts, NaN where the base's response is empty."""
-    form = arm.guidance.around(made.form)
-    written = [i for i in rows if made.tokens[i][0]]
-    theirs, ours = (
-        {i: Item(tuple(bench.base.encode_prompt(made.prompts[i], f)), (tuple(made.tokens[i][0]),)) for i in written}
-        for f in (made.form, form)
-    )
-    out = np.full(len(rows), np.nan)
-    with arm.on(bench.base), track(f"KL of {arm.name}", len(written)) as advance:
+def _kl(bench: Bench, arm: Arm, made: Completions, batches: Sequence[range]) -> Iterator[np.ndarray]:
+    """(rows,) mean KL per token on each batch of these prompts, NaN where the base's response is empty."""
+    forms = arm.guidance.around(made.form), made.form
+    with arm.on(bench.base):
         backbone = arm.backbone(bench.base, bench.plan.row_tokens)
-        for start in range(0, len(written), AT_ONCE):
-            numbers = written[start : start + AT_ONCE]
-            tree, base_tree = (backbone.tree([items[i] for i in numbers]) for items in (ours, theirs))
-            out[[i - rows.start for i in numbers]] = backbone.divergence(tree, base_tree).cpu().numpy()
-            advance(len(numbers))
-    return out
+        for rows in batches:
+            out = np.full(len(rows), np.nan)
+            if written := [i for i in rows if made.tokens[i][0]]:
+                ours, theirs = (backbone.tree([_item(bench, made, i, form) for i in written]) for form in forms)
+                out[[i - rows.start for i in written]] = backbone.divergence(ours, theirs).cpu().numpy()
+            yield out
+
+
+def _item(bench: Bench, made: Completions, i: int, form: Form) -> Item:
+    return Item(tuple(bench.base.encode_prompt(made.prompts[i], form)), (tuple(made.tokens[i][0]),))
 
 
 @dataclass(frozen=True)
