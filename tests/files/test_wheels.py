@@ -2,6 +2,7 @@ import hashlib
 import http.server
 import logging
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -140,7 +141,7 @@ def test_an_interrupted_download_stops_pip_and_leaves_nothing(own_cache: Path, m
         started.append(popen([sys.executable, "-c", program], **options))
         return started[-1]
 
-    def interrupt(growth: wheels._Growth) -> None:
+    def interrupt(growth: wheels._Growth, output: bytes) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", slow)
@@ -171,25 +172,27 @@ def test_a_network_that_goes_in_the_middle_of_a_download_is_told_and_nothing_is_
         assert fetch(source, "s").stat().st_size == 300_000
 
 
+def slowly(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    """Two thirds of it, and a second later the rest."""
+    handler.wfile.write(content[: len(content) * 2 // 3])
+    time.sleep(1)
+    handler.wfile.write(content[len(content) * 2 // 3 :])
+
+
 def test_a_terminal_sees_the_download_grow(
     make_wheel, serve_wheel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From a slow index on this machine, since what pip does with its temporary files is pip's own affair."""
     spec, sha256 = make_wheel({"toydata/a.txt": b"x" * 600_000})
-
-    def slowly(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
-        handler.wfile.write(content[:400_000])
-        time.sleep(1)
-        handler.wfile.write(content[400_000:])
-
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
     monkeypatch.setenv("TERM", "xterm")
-    seen: list[int] = []
+    seen: list[tuple[float, float | None]] = []
     update = wheels._Growth.update
 
-    def watch(growth: wheels._Growth) -> None:
-        update(growth)
-        seen.append(sum(p.stat().st_size for p in growth.folder.rglob("*.whl")))
+    def watch(growth: wheels._Growth, output: bytes) -> None:
+        update(growth, output)
+        (task,) = growth.progress.tasks
+        seen.append((task.completed, task.total))
 
     monkeypatch.setattr(wheels._Growth, "update", watch)
     with serve_wheel(slowly) as size:
@@ -197,5 +200,31 @@ def test_a_terminal_sees_the_download_grow(
     shown = capsys.readouterr()
     assert "downloading toydata==1.0 with pip" in shown.err
     assert shown.out == ""
-    assert any(0 < seen_size < size for seen_size in seen)
+    assert any(0 < done < total == pytest.approx(size, abs=1000) for done, total in seen if total)
     assert "kB" in shown.err
+
+
+def test_a_log_says_how_long_a_download_will_take(make_wheel, serve_wheel, monkeypatch, caplog) -> None:
+    spec, sha256 = make_wheel({"toydata/a.txt": b"x" * 600_000})
+    monkeypatch.setattr(wheels, "LINE_EVERY_S", 0.3)
+    with serve_wheel(slowly), caplog.at_level(logging.INFO):
+        fetch({"wheel": spec, "sha256": sha256, "file": "toydata/a.txt"})
+    line = re.compile(r"downloading toydata==1\.0: \d+\.\d kB of 600\.0 kB, about \d s left")
+    assert any(line.fullmatch(message) for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [
+        ("Downloading a-1-py3-none-any.whl (93.9 MB)", 93_900_000),
+        ("Downloading a-1-py3-none-any.whl (12 kB)", 12_000),
+        ("Downloading https://host/a.whl (714 bytes)", 714),
+        (
+            "  Downloading a-1-py3-none-any.whl.metadata (1.5 kB)\nDownloading a-1-py3-none-any.whl (1.2 GB)",
+            1_200_000_000,
+        ),
+        ("Looking in indexes: https://host", None),
+    ],
+)
+def test_what_pip_says_of_the_size(line: str, size: int | None) -> None:
+    assert wheels._announced(line.encode()) == size
