@@ -6,7 +6,6 @@ import shlex
 import subprocess
 from dataclasses import asdict, replace
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from policypatch.methods import Method
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.patch import artifact
+from policypatch.patch.lineage import packages
 from policypatch.patch.manifest import Manifest
 from policypatch.patch.peft_layout import save_peft
 from policypatch.report.costs import cost_sentence
@@ -63,7 +63,7 @@ def package(
         parents=method.parents,
         training=_settings(resolved) | _company(method),
         scorecard=[asdict(row) for row in scorecard],
-        packages={name: version(name) for name in PACKAGES},
+        packages=packages(*PACKAGES),
     )
     patch = artifact.Patch(vectors, manifest)
     artifact.save(patch, folder / "patch")
@@ -95,7 +95,7 @@ def record(
         "command": shlex.join(["python", "run.py", *arguments]),
         "seconds": seconds,
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": packages(*PACKAGES),
         "commit": _commit(),
         "pairs": {} if pair_set is None else pair_set.counts,
         "cache": counters(),

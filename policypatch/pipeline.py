@@ -24,7 +24,8 @@ from policypatch.methods import StackMethod, Trained, Untrained
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.model.latency import Load
-from policypatch.outcome import package, package_measured, record, say
+from policypatch.outcome import PACKAGES, package, package_measured, record, say
+from policypatch.patch.lineage import packages
 from policypatch.prepare import Prepared, prepare
 from policypatch.progress import Clock
 from policypatch.report.records import FAILED
@@ -55,6 +56,7 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
         PolicyPatchError: in one sentence, before the expensive part wherever that is possible.
     """
     check(cfg)
+    packages(*PACKAGES)
     quiet_libraries()
     started = datetime.now(UTC)
     reset_counters()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -240,3 +241,15 @@ def test_a_filter_that_no_pair_passes_is_said_and_another_needs_no_sampling(go, 
     go("harmfulness", "again")
     cache = json.loads((tmp_path / "again" / "run.json").read_text())["cache"]
     assert cache["completions"]["hits"] == 5  # prompts and benign prompts, guided and not, and benign texts
+
+
+def test_a_checkout_that_is_not_installed_is_told_before_anything_is_made(go, monkeypatch, tmp_path):
+    def version(name: str) -> str:
+        if name == "policypatch":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr("policypatch.patch.lineage.version", version)
+    with pytest.raises(PolicyPatchError, match=r"^policypatch is not installed, .*: pip install -e "):
+        go("toxicity")
+    assert not (tmp_path / "run" / "pairs.jsonl").exists()

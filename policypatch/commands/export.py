@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from datetime import UTC, datetime
 from enum import StrEnum
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,6 +122,7 @@ def import_(
 ) -> None:
     """Make a patch of PEFT's prompt-tuning files: lossless for what `export` wrote, bound to --model for any other."""
     from policypatch.patch import artifact, signature
+    from policypatch.patch.lineage import now, packages
     from policypatch.patch.manifest import Manifest
     from policypatch.patch.peft_layout import load_peft
 
@@ -147,8 +146,8 @@ def import_(
             width=vectors.shape[1],
             base=base.identity,
             sha256=artifact.digest(vectors),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            packages={package: installed(package) for package in ("policypatch", "torch")},
+            created=now(),
+            packages=packages(),
         )
     told: dict[str, Any] = {"name": name, "version": version, "risks": risk}
     told = {key: value for key, value in told.items() if value is not None}

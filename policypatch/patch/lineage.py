@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import version as installed
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from policypatch.errors import PolicyPatchError
 from policypatch.patch.artifact import Patch, digest
 
 
@@ -36,6 +37,15 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def packages() -> dict[str, str]:
-    """What it is made with where nothing is trained."""
-    return {package: installed(package) for package in ("policypatch", "torch")}
+def packages(*names: str) -> dict[str, str]:
+    """The versions of these packages, by which something is made; by default of those that no patch is made without.
+
+    Raises:
+        PolicyPatchError: one of them is not installed, as of a checkout that is on Python's path alone.
+    """
+    try:
+        return {name: version(name) for name in names or ("policypatch", "torch")}
+    except PackageNotFoundError as error:
+        raise PolicyPatchError(
+            f"{error.name} is not installed, so a patch could not say what made it: pip install -e . in the checkout"
+        ) from error
