@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from policypatch import ranks
 from policypatch.errors import PolicyPatchError
 from policypatch.files.disk import refuse_closed
 from policypatch.settings import ABSENT, check
@@ -182,6 +183,11 @@ def check_launcher(trainer: DictConfig, launcher: DictConfig) -> None:
         launcher: Hydra's, of the sweep.
     """
     devices, nodes = trainer.devices, trainer.num_nodes
+    if ranks.one_of_several():
+        raise PolicyPatchError(
+            "a sweep (-m) was started in several ranks, each of which would go through all of its jobs: start it once, "
+            "as a job of several trainer.devices starts its own ranks"
+        )
     kind = str(launcher.get("_target_", "")).rpartition(".")[2]
     if (devices != 1 or nodes > 1) and kind not in KNOWN_LAUNCHERS:
         raise PolicyPatchError(

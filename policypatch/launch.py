@@ -50,6 +50,7 @@ def start(
         )
     if found is not None or wanted == 1:
         ranks.join(found, cfg.trainer.accelerator == "gpu")
+        folder = ranks.gather(folder)[0]  # torchrun's ranks name theirs by the time, each by its own
         with told(folder, f"started again in that folder (hydra.run.dir={folder}, or the same sweep) it goes on"):
             pipeline.run(cfg, folder, overrides, arguments)
         ranks.leave()

@@ -56,7 +56,7 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
         PolicyPatchError: in one sentence, before the expensive part wherever that is possible.
     """
     check(cfg)
-    packages(*PACKAGES)
+    ranks.agree(lambda: packages(*PACKAGES))
     quiet_libraries()
     started = datetime.now(UTC)
     reset_counters()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from policypatch import ranks
@@ -15,6 +17,34 @@ from policypatch import ranks
 log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 30.0
+
+
+def terminal() -> Console | None:
+    """Where bars are drawn; None where lines are written: into a file or a pipe, and in a job of SLURM."""
+    console = Console(stderr=True)
+    return console if console.is_terminal and "SLURM_JOB_ID" not in os.environ else None
+
+
+class ByteLines:
+    """A line now and then of how far a download is.
+
+    Args:
+        what: is downloaded.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.started = self.said = time.monotonic()
+
+    def update(self, done: float, total: float | None) -> None:
+        """So many bytes are there, of so many if that is known."""
+        now = time.monotonic()
+        if total is None or not done or now - self.said < LINE_EVERY_S:
+            return
+        left = (now - self.started) / done * (total - done)
+        sizes = decimal(int(done)), decimal(int(total))
+        log.info("downloading %s: %s of %s, about %.0f s left", self.what, *sizes, left)
+        self.said = now
 
 
 @contextmanager
@@ -29,8 +59,7 @@ def track(what: str, total: int, begun: int = 0) -> Iterator[Callable[[int], Non
     if not ranks.first():  # its share is as large as that of any other, whose progress the first one shows
         yield lambda n: None
         return
-    console = Console(stderr=True)
-    if console.is_terminal:
+    if console := terminal():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(what, total=total, completed=begun)

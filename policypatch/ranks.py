@@ -82,11 +82,18 @@ def environment() -> ClusterEnvironment | None:
 
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    # `detect` would warn of every machine that has srun; a job of one task is one process. A batch script has a rank
-    # and a number of tasks as well, but is none of them: they are there once srun has begun a step.
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and {"SLURM_PROCID", "SLURM_STEP_ID"} <= set(os.environ):
-        return SLURMEnvironment(auto_requeue=False)
-    return None
+    return SLURMEnvironment(auto_requeue=False) if _by_srun() else None
+
+
+def one_of_several() -> bool:
+    """Whether this process is one of several that something else has started; known before torch is there."""
+    return _by_srun() or ("TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1)
+
+
+def _by_srun() -> bool:
+    # Lightning's `detect` would warn of every machine that has srun; a job of one task is one process. A batch script
+    # has a rank and a number of tasks as well, but is none of them: they are there once srun has begun a step.
+    return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and {"SLURM_PROCID", "SLURM_STEP_ID"} <= set(os.environ)
 
 
 def join(found: ClusterEnvironment | None, on_gpu: bool) -> None:
@@ -217,12 +224,7 @@ def parts(rows: int, make: Callable[[range], T]) -> list[T]:
         numbers = share(rows)
         if rows and not numbers:
             return None
-        try:
-            return make(numbers)
-        except PolicyPatchError as error:
-            if size() == 1:
-                raise
-            raise PolicyPatchError(f"counted from row {numbers.start + 1} of {rows} on: {error}") from error
+        return make(numbers)
 
     return [part for part in agree(ours) if part is not None]
 

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from policypatch.evaluate.scorecard import Scorecard
 from policypatch.launch import start
 from policypatch.methods import PatchMethod
 from policypatch.model.backbone import PrefixBackbone
+
+RUN = Path(__file__).parents[1] / "run.py"
 
 
 @pytest.fixture
@@ -125,3 +129,30 @@ def test_a_batch_script_is_no_rank(variables: dict[str, str], found: bool, monke
     for name, value in (given | variables).items():
         monkeypatch.setenv(name, value)
     assert (ranks.environment() is not None) == found
+
+
+def test_ranks_of_torchrun_share_the_first_ones_folder(tiny_base_folder: Path, tmp_path: Path):
+    arguments = overrides(tiny_base_folder, tmp_path, "toxicity", trainer__devices=2)
+    late = "hydra.run.dir=outputs/${oc.env:RANK}"  # as if the second had begun a second later
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(RUN)]
+    done = subprocess.run(
+        [*command, *arguments, late],
+        cwd=tmp_path,
+        env={**os.environ, "POLICYPATCH_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "outputs" / "0" / "patch" / "patch.safetensors").exists()
+    assert not list((tmp_path / "outputs" / "1").rglob("*.safetensors"))
+
+
+def test_a_sweep_that_every_rank_would_go_through_is_refused(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, str(RUN), "-m", "seed=0,1"],
+        cwd=tmp_path,
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "start it once" in done.stderr and done.stderr.count("\n") == 1

@@ -29,6 +29,7 @@ def rows_array(
     make: Callable[[Sequence[range]], Iterator[np.ndarray]],
     what: str,
     at_once: int,
+    final: Callable[[np.ndarray], bool] = lambda part: True,
 ) -> np.ndarray:
     """An entry that is an array of so many rows, made batch by batch: what is killed goes on behind its last batch.
 
@@ -38,6 +39,7 @@ def rows_array(
         make: is given batches of consecutive row numbers, and yields the rows of each in turn.
         what: is made, beside the progress bar.
         at_once: rows of a batch.
+        final: whether a batch need not be made again should the rest of them fail.
     """
     key = content_key(**about)
 
@@ -50,8 +52,9 @@ def rows_array(
                 # Not even begun where nothing is left: to get ready may be costly.
                 for batch, part in zip(left, make(left) if left else (), strict=True):
                     made[batch.start, batch.stop] = part
-                    if batch:
+                    if batch and final(part):
                         journal.add([batch.start, batch.stop, str(part.dtype), part.tolist()])
+                    if batch:
                         advance(len(batch))
         return np.concatenate([made[batch.start, batch.stop] for batch in batches])
 

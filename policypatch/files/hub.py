@@ -7,9 +7,11 @@ and GGUF are what is left. Without a network, what was fetched before still work
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from policypatch.errors import PolicyPatchError
 from policypatch.files.globs import is_glob, select
+from policypatch.progress import ByteLines, terminal
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.msgpack", "*.h5")
 TYPES = ("model", "dataset")
@@ -31,7 +33,7 @@ def files(repo: str, revision: str, pattern: str | None, kind: str, key: str) ->
 
     try:
         if pattern is not None and not is_glob(pattern):
-            path = hf_hub_download(repo, pattern, revision=revision, repo_type=kind)
+            path = hf_hub_download(repo, pattern, revision=revision, repo_type=kind, tqdm_class=_bar(repo))
             return [Path(str(path))]
         folder = snapshot_download(
             repo,
@@ -39,6 +41,7 @@ def files(repo: str, revision: str, pattern: str | None, kind: str, key: str) ->
             repo_type=kind,
             allow_patterns=pattern,
             ignore_patterns=list(PICKLES) if kind == "model" else None,
+            tqdm_class=_bar(repo),
         )
     except (OSError, ValueError, EntryNotFoundError, RevisionResolutionError, HTTPError) as error:
         what = f"{pattern!r} of {repo}" if pattern else repo
@@ -50,6 +53,25 @@ def files(repo: str, revision: str, pattern: str | None, kind: str, key: str) ->
     if not found:
         raise PolicyPatchError(f"{key}: {repo} at {revision} holds no file {pattern!r} (pickles are left out)")
     return [root / name for name in found]
+
+
+def _bar(repo: str) -> Any:
+    """What shows a download: huggingface_hub's own bar (None) on a terminal, lines elsewhere."""
+    if terminal() is not None:
+        return None
+    from huggingface_hub.utils import tqdm
+
+    class Lines(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self.lines = ByteLines(repo) if kwargs.get("unit") == "B" else None  # others count files
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self.lines is not None:
+                self.lines.update(self.n, self.total)
+
+    return Lines
 
 
 def commit(repo: str, revision: str, pattern: str | None, kind: str, key: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Journal:
         text = json.dumps(row, separators=(",", ":")).encode("ascii")
         self._file.write(_digest(text) + b" " + text + b"\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # as checkpoints are: a machine that goes down loses neither
 
     def close(self) -> None:
         """The file stays: its rows are of use until what they are part of is whole."""

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -26,7 +25,7 @@ from policypatch.errors import PolicyPatchError
 from policypatch.files import cache
 from policypatch.files.atomic import file_sha256
 from policypatch.files.globs import near, select
-from policypatch.progress import LINE_EVERY_S
+from policypatch.progress import ByteLines, terminal
 
 log = logging.getLogger(__name__)
 
@@ -58,26 +57,27 @@ def wheel(spec: str, sha256: str, key: str) -> Path:
     """The verified wheel itself. Raises PolicyPatchError when it cannot be fetched or has another sha256."""
 
     def build(folder: Path) -> None:
-        scratch = folder / "scratch"
-        scratch.mkdir()
-        _pip_download(spec, folder, scratch, key)
-        shutil.rmtree(scratch)
-        for path in folder.iterdir():
-            found = file_sha256(path)
-            if found != sha256:
-                raise PolicyPatchError(
-                    f"{key}: the sha256 of {path.name} is {found}, but the config says {sha256}. "
-                    "Either the file is not the one meant, or this platform's wheel is another one"
-                )
+        path = _pip_download(spec, folder, key)
+        if file_sha256(path) != sha256:  # pip may keep a copy that has been damaged since
+            log.warning("%s has not the sha256 that %s says: downloading it again", path.name, key)
+            path.unlink()
+            path = _pip_download(spec, folder, key, "--no-cache-dir")
+        if (found := file_sha256(path)) != sha256:
+            raise PolicyPatchError(
+                f"{key}: the sha256 of {path.name} is {found}, but the config says {sha256}. "
+                "Either the file is not the one meant, or this platform's wheel is another one"
+            )
 
     about = {"wheel": spec, "sha256": sha256}
     folder = cache.entry("wheels", cache.content_key(**about), build, about)
     return next(folder.glob("*.whl"))
 
 
-def _pip_download(spec: str, target: Path, scratch: Path, key: str) -> None:
-    """Have pip put one wheel into `target`; its temporary files go to `scratch`, whose growth is shown."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+def _pip_download(spec: str, target: Path, key: str, *options: str) -> Path:
+    """Have pip put one wheel into `target`, whose growth is shown while pip's temporary files are in it, too."""
+    scratch = target / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *options]
     command += ["--no-input", "--progress-bar", "off", "--dest", str(target), spec]
     # TMPDIR: pip downloads into it first, so an interrupted download goes away with the cache's temporary
     # folder. PYTHONSAFEPATH: a pip.py in the user's working folder is not pip.
@@ -102,11 +102,13 @@ def _pip_download(spec: str, target: Path, scratch: Path, key: str) -> None:
                     show.update(running.output or b"")
         finally:
             _stop(process)
+    shutil.rmtree(scratch)
     wheels = list(target.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
         raise PolicyPatchError(f"{key}: {_explain(spec, output)}")
     size = decimal(wheels[0].stat().st_size)
     log.info("downloaded %s (%s) in %.1f s", wheels[0].name, size, time.monotonic() - started)
+    return wheels[0]
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
@@ -123,8 +125,7 @@ class _Growth:
     """What is shown while pip works: the bytes that have arrived, of how many, and the time left."""
 
     def __init__(self, folder: Path, spec: str, progress: Progress | None) -> None:
-        self.folder, self.spec, self.progress = folder, spec, progress
-        self.started = self.told = time.monotonic()
+        self.folder, self.progress, self.lines = folder, progress, ByteLines(spec)
         self.task = progress.add_task(f"downloading {spec} with pip", total=None) if progress else None
 
     def update(self, output: bytes) -> None:
@@ -138,10 +139,8 @@ class _Growth:
             size = min(size, total)  # in two places while pip copies it
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=size, total=total)
-        elif total is not None and size and (now := time.monotonic()) - self.told >= LINE_EVERY_S:
-            left = (now - self.started) / size * (total - size)
-            log.info("downloading %s: %s of %s, about %.0f s left", self.spec, decimal(size), decimal(total), left)
-            self.told = now
+        else:
+            self.lines.update(size, total)
 
 
 def _announced(output: bytes) -> int | None:
@@ -152,8 +151,8 @@ def _announced(output: bytes) -> int | None:
 
 @contextmanager
 def _progress(spec: str, folder: Path) -> Iterator[_Growth]:
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    console = terminal()
+    if console is None:
         log.info("downloading %s with pip", spec)
         yield _Growth(folder, spec, None)
         return

@@ -7,7 +7,7 @@ and another filter costs no decoding.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,20 +16,17 @@ import numpy as np
 from torch import Tensor
 
 from policypatch import ranks
-from policypatch.files.arrays import rows_array
 from policypatch.files.atomic import read_json, write_json
 from policypatch.files.cache import begun, content_key, entry
 from policypatch.model.base import Base
 from policypatch.model.decode import sample
 from policypatch.model.form import PLAIN, Form
-from policypatch.model.judging import CompletionJudge, judged_in_batches
+from policypatch.model.judging import CompletionJudge, judgements
 from policypatch.model.sampling import Sampling
 from policypatch.patch.artifact import digest
 from policypatch.progress import track
 
 log = logging.getLogger(__name__)
-
-JUDGED_AT_ONCE = 192  # texts, for which judges have batches of their own
 
 SAMPLER = 2
 """Goes up when the same settings draw other samples than before, so that those in caches are not taken for them."""
@@ -95,16 +92,7 @@ class Completions:
     def scores(self, judge: CompletionJudge) -> np.ndarray:
         """(prompts, k) the judge's scores, kept beside the samples; NaN where it failed on a text."""
 
-        def make(batches: Sequence[range]) -> Iterator[np.ndarray]:
-            prompts = [prompt for prompt in self.prompts for _ in range(self.k)]
-            texts = [text for row in self.texts for text in row]
-            flat = [range(rows.start * self.k, rows.stop * self.k) for rows in batches]
-            for scores in judged_in_batches(judge, texts, prompts, self.k, flat):
-                yield scores.reshape(-1, self.k)
-
-        about = {"completions": self.key, "judge": judge.fingerprint}
-        what, at_once = f"judging by {judge.name}", max(1, JUDGED_AT_ONCE // self.k)
-        scores = rows_array("judgements", about, len(self.texts), make, what, at_once)
+        scores = judgements(judge, self.texts, self.prompts, {"completions": self.key})
         if failed := int(np.isnan(scores).sum()):
             log.warning(
                 "%d of %d texts have no score by %s, and count nowhere by it; to have them judged again: "

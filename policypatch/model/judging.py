@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from policypatch import ranks
 from policypatch.errors import PolicyPatchError
+from policypatch.files.arrays import rows_array
 
 log = logging.getLogger(__name__)
+
+AT_ONCE = 192  # texts, of which judges may make batches of their own
 
 MOST_FAILED = 0.05
 """Share of the texts that a judge may fail on; one that fails on more is broken, and its figures would be as well."""
@@ -29,12 +33,45 @@ class CompletionJudge(Protocol):
 
 def judged(judge: CompletionJudge, texts: Sequence[str], prompts: Sequence[str], k: int) -> np.ndarray:
     """(N,) scores of all texts, which the judge is asked about at once; as `judged_in_batches` otherwise."""
-    [scores] = judged_in_batches(judge, texts, prompts, k, [range(len(texts))])
+    [scores] = judged_in_batches(judge, texts, prompts, k, [range(len(texts))], len(texts))
     return scores
 
 
+def judgements(
+    judge: CompletionJudge, texts: Sequence[Sequence[str]], prompts: Sequence[str], about: Mapping[str, Any]
+) -> np.ndarray:
+    """(prompts, k) the judge's scores of k texts for each prompt, kept in the cache; NaN where it failed on a text.
+
+    Args:
+        judge: who is asked.
+        texts: texts[i][s] is judged as an answer to prompt i.
+        prompts: the prompts.
+        about: what the texts are, for the cache.
+    """
+    k = len(texts[0]) if texts else 1
+    of = k * len(ranks.share(len(texts)))
+
+    def make(batches: Sequence[range]) -> Iterator[np.ndarray]:
+        flat = [text for row in texts for text in row]
+        answered = [prompt for prompt in prompts for _ in range(k)]
+        numbers = [range(rows.start * k, rows.stop * k) for rows in batches]
+        for scores in judged_in_batches(judge, flat, answered, k, numbers, of):
+            yield scores.reshape(-1, k)
+
+    # One with failures is not final: where they turn out to be too many, the judge may have been mended meanwhile.
+    return rows_array(
+        "judgements",
+        {**about, "judge": judge.fingerprint},
+        len(texts),
+        make,
+        f"judging by {judge.name}",
+        max(1, AT_ONCE // k),
+        final=lambda scores: not np.isnan(scores).any(),
+    )
+
+
 def judged_in_batches(
-    judge: CompletionJudge, texts: Sequence[str], prompts: Sequence[str], k: int, batches: Sequence[range]
+    judge: CompletionJudge, texts: Sequence[str], prompts: Sequence[str], k: int, batches: Sequence[range], of: int
 ) -> Iterator[np.ndarray]:
     """Scores in [0, 1] of one batch after the other; NaN for a text that the judge raised an exception on.
 
@@ -46,6 +83,7 @@ def judged_in_batches(
         prompts: (N,) what each text answers.
         k: completions a prompt, for the words of an error.
         batches: numbers of the texts that it is asked about at once.
+        of: texts that this process has judged, earlier attempts counted in.
 
     Raises:
         PolicyPatchError: the judge raised one itself (which says what to do), gave another number of scores or one
@@ -53,7 +91,7 @@ def judged_in_batches(
     """
     failed: list[int] = []
     first: Exception | None = None
-    most = max(int(MOST_FAILED * len(texts)), min(1, len(texts) - 1))
+    most = max(int(MOST_FAILED * of), min(1, of - 1))
     for batch in batches:
         scores = np.full(len(batch), np.nan)
         asked = [batch] if batch else []
@@ -62,8 +100,10 @@ def judged_in_batches(
             part = slice(rows.start, rows.stop)
             try:
                 given = judge.score(texts[part], prompts[part])
-            except PolicyPatchError:
-                raise
+            except PolicyPatchError as error:
+                if len(rows) == len(texts):
+                    raise
+                raise PolicyPatchError(f"{error} (counted from {_place(rows.start, k)} on)") from error
             except Exception as error:  # whatever a user's judge, or a library below it, raises
                 first = first or error
                 if len(rows) > 1:
@@ -73,7 +113,7 @@ def judged_in_batches(
                 failed.append(rows.start)
                 if len(failed) > most:
                     raise PolicyPatchError(
-                        f"judge {judge.name}: failed on {len(failed)} of {len(texts)} texts, which is too many: mend "
+                        f"judge {judge.name}: failed on {len(failed)} of {of} texts, which is too many: mend "
                         f"it or do without; the first is {_place(failed[0], k)} ({type(first).__name__}: {first})"
                     ) from first
                 continue
@@ -83,7 +123,7 @@ def judged_in_batches(
     if failed:
         log.warning(
             "judge %s failed on %d of %d texts, which count nowhere; the first is %s (%s: %s)",
-            *(judge.name, len(failed), len(texts), _place(failed[0], k), type(first).__name__, first),
+            *(judge.name, len(failed), of, _place(failed[0], k), type(first).__name__, first),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import signal
 import threading
 import warnings
@@ -81,6 +82,8 @@ class MetricsCsv(Callback):
             for name, value in trainer.callback_metrics.items():
                 if name.startswith(split) and (names is None or name in names):
                     csv.writer(f).writerow([self.stage, trainer.global_step, name, f"{value.item():.6g}"])
+            f.flush()
+            os.fsync(f.fileno())  # before the checkpoint of the step, which has it already
 
 
 class OwnSignals(Callback):

@@ -161,9 +161,9 @@ def test_a_second_measure_samples_and_judges_no_completion_again(bench, arm):
     again = toxicity().measure(bench, arm())
     assert (values(again), again.samples) == (values(first), first.samples)
     assert {kind: count["misses"] for kind, count in counters().items()} == {
-        **{"completions": 1, "judgements": 2, "perplexity": 1}
+        **{"completions": 1, "judgements": 4, "perplexity": 1}  # the prompts are judged as well
     }
-    assert HashJudge.asked == asked + 2 * len(PROMPTS)  # the prompts alone
+    assert HashJudge.asked == asked
 
 
 def test_a_judge_that_answers_with_nan_ends_it_in_one_sentence_and_the_samples_are_kept(bench, arm):
@@ -177,7 +177,10 @@ def test_a_judge_that_answers_with_nan_ends_it_in_one_sentence_and_the_samples_a
     assert "\n" not in str(caught.value)
     toxicity().measure(bench, arm())
     assert counters()["completions"] == {"hits": 1, "misses": 1}
-    assert counters()["judgements"] == {"hits": 1, "misses": 3}  # by one, not by broken, by two
+    assert counters()["judgements"] == {
+        "hits": 1,
+        "misses": 5,
+    }  # by one, not by broken, by two, and the prompts by both
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -122,7 +123,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def test_a_network_that_goes_in_the_middle_of_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has come stays, and no half of it is taken for the file."""
     program = (
-        "import sys, policypatch.files.sources as s\n"
+        "import logging, sys, policypatch.files.sources as s, policypatch.progress as p\n"
+        "logging.basicConfig(level=logging.INFO); p.LINE_EVERY_S = 0\n"
         "try: print(s.fetch({'hub': 'org/name', 'file': 'model.safetensors'}, 'model.source'))\n"
         "except s.PolicyPatchError as error: sys.exit(f'error: {error}')"
     )
@@ -145,3 +147,6 @@ def test_a_network_that_goes_in_the_middle_of_a_download(tmp_path: Path, monkeyp
         server.shutdown()
     assert whole.returncode == 0, whole.stderr
     assert Path(whole.stdout.strip()).read_bytes() == Hub.content
+    assert re.search(
+        r"downloading org/name: [\d.]+ kB of 256\.0 kB, about 0 s left", whole.stderr
+    )  # no terminal: lines

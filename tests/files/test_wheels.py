@@ -68,6 +68,18 @@ def test_another_digest_is_refused_and_not_kept(make_wheel, own_cache: Path) -> 
     assert not [p for p in own_cache.rglob("*") if p.is_file() and not p.name.endswith(".lock")]
 
 
+def test_a_damaged_download_is_fetched_again(make_wheel, serve_wheel, caplog: pytest.LogCaptureFixture) -> None:
+    spec, sha256 = make_wheel({"toydata/a.txt": b"x" * 10_000})
+    answers = iter([True, False])
+
+    def damaged_once(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+        handler.wfile.write(content.replace(b"xx", b"xy", 1) if next(answers) else content)
+
+    with serve_wheel(damaged_once), caplog.at_level(logging.WARNING):
+        assert fetch({"wheel": spec, "sha256": sha256, "file": "toydata/a.txt"}, "s").read_bytes() == b"x" * 10_000
+    assert caplog.messages == ["toydata-1.0-py3-none-any.whl has not the sha256 that s says: downloading it again"]
+
+
 def test_a_file_that_is_not_in_the_wheel(make_wheel) -> None:
     spec, sha256 = make_wheel(MEMBERS)
     for wanted in ("toydata/a.txt", "toydata/data/aa.txt"):
@@ -206,7 +218,7 @@ def test_a_terminal_sees_the_download_grow(
 
 def test_a_log_says_how_long_a_download_will_take(make_wheel, serve_wheel, monkeypatch, caplog) -> None:
     spec, sha256 = make_wheel({"toydata/a.txt": b"x" * 600_000})
-    monkeypatch.setattr(wheels, "LINE_EVERY_S", 0.3)
+    monkeypatch.setattr("policypatch.progress.LINE_EVERY_S", 0.3)
     with serve_wheel(slowly), caplog.at_level(logging.INFO):
         fetch({"wheel": spec, "sha256": sha256, "file": "toydata/a.txt"})
     line = re.compile(r"downloading toydata==1\.0: \d+\.\d kB of 600\.0 kB, about \d s left")

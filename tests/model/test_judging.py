@@ -8,7 +8,7 @@ from tiny_run import HashJudge
 
 from policypatch.errors import PolicyPatchError
 from policypatch.model.completions import Completions
-from policypatch.model.judging import judged, judged_in_batches
+from policypatch.model.judging import judged, judged_in_batches, judgements
 
 TEXTS = [f"text {i}" for i in range(40)]
 
@@ -86,7 +86,7 @@ def test_nothing_to_judge():
 
 def test_judgements_that_a_kill_came_between_go_on_behind_the_last_batch(monkeypatch, tmp_path):
     monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path))
-    monkeypatch.setattr("policypatch.model.completions.JUDGED_AT_ONCE", 10)  # texts: two prompts
+    monkeypatch.setattr("policypatch.model.judging.AT_ONCE", 10)  # texts: two prompts
     rows = [TEXTS[i : i + 4] for i in range(0, 40, 4)]
     made = Completions("key", [f"prompt {i}" for i in range(10)], [[[1]] * 4] * 10, rows, 1)
 
@@ -106,7 +106,40 @@ def test_judgements_that_a_kill_came_between_go_on_behind_the_last_batch(monkeyp
 def test_failures_are_counted_over_all_batches():
     batches = [range(i, i + 10) for i in range(0, 40, 10)]
     bad = [TEXTS[0], TEXTS[11], TEXTS[22]]
-    found = judged_in_batches(Picky(*bad[:2]), TEXTS, TEXTS, 1, batches)
+    found = judged_in_batches(Picky(*bad[:2]), TEXTS, TEXTS, 1, batches, 40)
     assert np.flatnonzero(np.isnan(np.concatenate(list(found)))).tolist() == [0, 11]
     with pytest.raises(PolicyPatchError, match=r"failed on 3 of 40 .*text 1 \("):
-        list(judged_in_batches(Picky(*bad), TEXTS, TEXTS, 1, batches))
+        list(judged_in_batches(Picky(*bad), TEXTS, TEXTS, 1, batches, 40))
+
+
+def test_a_judge_that_is_mended_is_asked_again_about_what_it_had_failed_on(monkeypatch, tmp_path):
+    """Also where a batch had failed as a whole, which alone was not yet too many."""
+    monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr("policypatch.model.judging.AT_ONCE", 1)
+    texts = [[text] for text in TEXTS]
+    for _ in range(3):
+        with pytest.raises(PolicyPatchError, match="failed on 3 of 40 texts"):
+            judgements(Picky(*TEXTS[10:]), texts, TEXTS, {"texts": TEXTS})
+    judge = Picky()
+    assert np.array_equal(judgements(judge, texts, TEXTS, {"texts": TEXTS})[:, 0], HashJudge("picky").score(TEXTS))
+    assert judge.calls == 30  # the first ten stand
+
+
+def test_of_several_ranks_each_looks_at_its_own_share(monkeypatch, tmp_path):
+    """A broken judge fails on all of a rank's texts, which may be less than 5 % of everybody's."""
+    monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr("policypatch.model.judging.ranks.share", lambda rows: range(10))
+    with pytest.raises(PolicyPatchError, match="failed on 2 of 10 texts"):
+        judgements(Picky(*TEXTS), [[text] for text in TEXTS], TEXTS, {"texts": TEXTS})
+
+
+def test_what_a_judge_counts_from_the_first_it_was_asked_about_is_said_to_be_so():
+    class Counting(Picky):
+        def score(self, texts, prompts=None):
+            if TEXTS[25] in texts:
+                raise PolicyPatchError(f"judge picky: text {texts.index(TEXTS[25]) + 1} is odd")
+            return super().score(texts, prompts)
+
+    batches = [range(0, 20), range(20, 40)]
+    with pytest.raises(PolicyPatchError, match=r"text 6 is odd \(counted from completion 1 of prompt 6 on\)"):
+        list(judged_in_batches(Counting(), TEXTS, TEXTS, 4, batches, 40))

@@ -18,7 +18,7 @@ from policypatch.evaluate.scorer import completion_nll
 from policypatch.model.arm import Arm
 from policypatch.model.completions import Completions, complete
 from policypatch.model.form import PLAIN, Form
-from policypatch.model.judging import judged
+from policypatch.model.judging import judgements
 from policypatch.model.sampling import Sampling
 
 RATES = ("toxic_rate", "asr", "over_refusal", "benign_refusal", "hit_rate")
@@ -106,7 +106,10 @@ class SampledProbe:
     def _prompt_scores(self) -> dict[str, np.ndarray]:
         """How a text to continue scores by itself, once for all arms; a request is no completion and has no score."""
         alone = {n: j for n, j in self.judges.items() if not self.form.chat and not getattr(j, "reads_prompt", False)}
-        return {name: judged(j, self.prompts, self.prompts, k=1) for name, j in alone.items()}
+        texts = [[prompt] for prompt in self.prompts]
+        return {
+            name: judgements(j, texts, self.prompts, {"texts": list(self.prompts)})[:, 0] for name, j in alone.items()
+        }
 
     def _scores(self, judge: Judge, made: Completions) -> np.ndarray:
         """(prompts, k), higher is worse."""
