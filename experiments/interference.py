@@ -58,7 +58,14 @@ COLUMNS = (
     Column("utility", "text_ppl", None, "text PPL"),
     Column(COST, "first_token_ratio", None, "first token, x base"),
 )
-SPECIALISTS = {"asr": "harmfulness", "toxic_rate": "toxicity", "gas": "gender_bias"}
+# What a specialist costs, or brings, by itself: of which company takes or adds something.
+SPECIALISTS = {
+    "asr": "harmfulness",
+    "over_refusal": "harmfulness",
+    "benign_refusal": "harmfulness",
+    "toxic_rate": "toxicity",
+    "gas": "gender_bias",
+}
 
 
 @app.command()
@@ -74,6 +81,8 @@ def main(
     cards = [record.rows for record in runs]
     values = [read_json(record.folder / PER_PROMPT) for record in runs]
     seeds = [record.settings["seed"] for record in runs]
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise PolicyPatchError(f"seed {twice[0]} has several runs here: give the runs of one sweep over seeds")
     found = matrix(cards, values)
     write_json(out / f"{name}.json", {"seeds": seeds, "rows": found})
     with atomic_path(out / f"{name}.png") as temporary:

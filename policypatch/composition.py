@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations
+from statistics import median
 from typing import Any
 
 import optuna
@@ -161,8 +162,11 @@ def pareto(tried: Sequence[Tried]) -> list[Tried]:
 
 
 def best(tried: Sequence[Tried], base: Sequence[float]) -> Tried:
-    """The one whose figures are the smallest shares of the base's on average; where the base has 0, of the largest."""
-    sizes = [b or max(abs(one.values[i]) for one in tried) or 1.0 for i, b in enumerate(base)]
+    """The one whose figures are the smallest shares of the base's on average; where the base has 0, of the median's.
+
+    Not of the largest: one stack that ruins everything would make all others alike.
+    """
+    sizes = [b or median(abs(one.values[i]) for one in tried) or 1.0 for i, b in enumerate(base)]
     return min(tried, key=lambda one: sum(value / size for value, size in zip(one.values, sizes, strict=True)))
 
 

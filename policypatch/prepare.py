@@ -106,8 +106,12 @@ class Prepared:
         return Bench(self.base, self.scorer, cfg.scorer.name, self.plan, settings)
 
 
-def prepare(cfg: DictConfig) -> Prepared:
+def prepare(cfg: DictConfig, vectors: int = 0) -> Prepared:
     """Base, scorer, risks and teacher, and every check that needs them but no training.
+
+    Args:
+        cfg: the composed config.
+        vectors: at least so many will stand before everything, whatever the method says.
 
     Raises:
         PolicyPatchError: something cannot be had, does not load, or does not fit the rest.
@@ -140,11 +144,11 @@ def prepare(cfg: DictConfig) -> Prepared:
             f"scorer {cfg.scorer.name} is the same model as {cfg.model.name}: choose another, or say scorer=base"
         )
     plan = _plan(cfg)
-    check_context(cfg, base, method.longest)
+    check_context(cfg, base, max(vectors, method.longest))
     for part in parts:
         check_prompts(cfg, base, part.risk, part.teacher, part.key, part.teacher_key)
     keys = {part.risk.name: part.key for part in parts}
-    check_readings(cfg, keys, [*own, *others], plan, base, scorer, method.length)
+    check_readings(cfg, keys, [*own, *others], plan, base, scorer, max(vectors, method.length))
     return Prepared(base, scorer, parts, method, own, others, plan)
 
 

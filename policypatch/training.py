@@ -64,6 +64,9 @@ def trained_arms(
     if cfg.dpo.enabled:
         with clock("dpo"):
             reference = _reference(cfg, base, arms[-1], ready.teachers, contexts, pair_set, examples)
+            if cfg.dpo.reference != "teacher":
+                last = arms[-1].vectors if cfg.dpo.reference == "sft" else None
+                backbone.reference = backbone.patch.detach()[:0] if last is None else last
             preference = PreferenceSettings(cfg.dpo.beta, cfg.dpo.nll_weight, cfg.dpo.label_smoothing)
             dpo = DPOModule(backbone, optimisation(cfg.dpo), preference, _weights(cfg))
             about = _about(cfg, "dpo", base, pair_set, method) | {"reference_logprobs": digest(reference)}

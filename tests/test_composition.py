@@ -127,7 +127,10 @@ def test_the_command_writes_the_stack_that_served_best_and_how_it_was_found(comp
     assert {(row["arm"], row["metric"], row["n"]) for row in made.manifest.scorecard} == {
         (arm, metric, 3) for arm in ("base", "stack") for metric in ("toxic_rate", "kl_benign")
     }
-    assert "* is written" in result.stdout
+    assert "* is written" in result.stdout and "(by hand)" in result.stdout
+    assert search_told["best_by_hand"] in {one["candidate"] for one in search_told["tried"][:4]}
+    assert [line.split(":")[0] for line in search_told["against_it"]] == search_told["objectives"]
+    assert made.manifest.training["evaluate"]["prompts"] == 6
 
 
 def test_what_cannot_be_composed_is_told_before_anything_is_loaded(compose, tiny_base: Base, tmp_path: Path):

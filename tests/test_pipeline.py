@@ -194,7 +194,7 @@ def test_training_goes_on_from_another_patch(go, tiny_base, tmp_path: Path):
     artifact.save(parent, tmp_path / "older")
     go(init="patch", init__folder=tmp_path / "older", dpo__enabled="false", sft__steps=1, evaluate__k=2)
     made = artifact.load(tmp_path / "run" / "patch")
-    assert made.manifest.parents == [Parent("older", "1.2.0", parent.manifest.sha256)]
+    assert made.manifest.parents == [Parent("older", "1.2.0", parent.manifest.sha256, parent.manifest.base.weights)]
     assert 0 < (made.vectors - parent.vectors).abs().max() < 1
 
 

@@ -10,13 +10,14 @@ from typer.testing import CliRunner
 
 from policypatch.cli import app
 from policypatch.commands.squash import kept
+from policypatch.data.datamodule import Batch
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone, plain_logits
 from policypatch.model.base import Base
 from policypatch.model.form import CHAT, PLAIN
 from policypatch.model.sampling import Sampling
 from policypatch.patch.artifact import load, save
-from policypatch.squash import examples, shortened, squashed
+from policypatch.squash import SquashModule, examples, shortened, squashed
 
 SAMPLING = Sampling(max_new_tokens=8)
 
@@ -80,6 +81,29 @@ def test_training_comes_nearer_to_the_stack_and_goes_on_where_it_stopped(tiny_ba
     assert apart(made) < 0.7 * apart(shortened(stack, 3))
     assert torch.equal(train("a"), made)  # it is done already
     assert (tmp_path / "a" / "checkpoints" / "squash" / "last.ckpt").exists()
+
+
+def test_training_that_was_killed_goes_on(tiny_base: Base, stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = examples(tiny_base, stack, [(PLAIN, texts(20))], SAMPLING, 0, 32)
+    cfg = composed(["sft.steps=12", "sft.batch_size=8"])
+
+    def train(folder: str) -> torch.Tensor:
+        return squashed(tiny_base, stack, 3, rows, cfg.sft, cfg.trainer, tmp_path / folder, 0, 512)
+
+    expected, losses, steps = train("whole"), SquashModule.losses, []
+
+    def dies(module: SquashModule, batch: Batch):
+        steps.append(1)
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        return losses(module, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SquashModule, "losses", dies)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            train("killed")
+    assert torch.equal(train("killed"), expected)
+    assert (tmp_path / "killed" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
 
 
 def test_what_is_kept_is_a_share_of_what_the_stack_gained():

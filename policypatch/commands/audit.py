@@ -23,6 +23,7 @@ from policypatch.commands.base import (
     stack_overrides,
 )
 from policypatch.errors import PolicyPatchError
+from policypatch.files.atomic import file_sha256
 
 if TYPE_CHECKING:
     from policypatch.evaluate.drift import Change
@@ -61,9 +62,11 @@ def audit(
     from policypatch.files.atomic import read_json
     from policypatch.launch import start
     from policypatch.patch.artifact import load
+    from policypatch.patch.stacking import check_parts
     from policypatch.report import history as audits
 
     loaded = [load(folder, require_signature=key) for folder in patches]
+    check_parts(loaded)
     first = loaded[0].manifest
     known = audits.read(history) if history is not None else []
     overrides = [
@@ -122,12 +125,12 @@ def _reference(
     """What today's figures are held against: the manifest's, and of those it has not the first audit's."""
     from policypatch.evaluate.drift import place_of
 
-    audited: Sequence[Mapping[str, Any]] = next((entry["rows"] for entry in known if entry["patch"] == patch), [])
-    found = {}
+    earlier = [scorecard, *(entry["rows"] for entry in known if entry["patch"] == patch)]
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for arm in ("base", "patch"):
-        of_manifest = _of(scorecard, arm)
-        there = {place_of(row) for row in of_manifest}
-        found[arm] = [*of_manifest, *(row for row in _of(audited, arm) if place_of(row) not in there)]
+        # The oldest figure of a place counts: audits on prompts of one's own may have come later than others.
+        oldest = {place_of(row): row for rows in reversed(earlier) for row in _of(rows, arm)}
+        found[arm] = list(oldest.values())
     return found
 
 
@@ -169,4 +172,6 @@ def _own(cfg: Any, prompts: Path, field: str) -> list[str]:
     if sets is None:
         raise PolicyPatchError(f"the risk {cfg.risk.name} has no sets to replace: give --set risk.prompts=FILE instead")
     own = f"{{_target_:policypatch.data.prompts.PromptSet,source:{quoted(prompts.absolute())},field:{quoted(field)}}}"
-    return [*(f"risk.evaluation.{name}=null" for name in sets), f"+risk.evaluation.own={own}"]
+    # Called by what is in it: the history keeps figures of different prompts apart.
+    name = f"own_{file_sha256(prompts)[:6]}"
+    return [*(f"risk.evaluation.{known}=null" for known in sets), f"+risk.evaluation.{name}={own}"]

@@ -18,7 +18,9 @@ from policypatch.commands.base import (
     Register,
     base_overrides,
     composed,
+    filters,
     known_risk,
+    measured_as,
     refuse_existing,
     stack_overrides,
 )
@@ -76,8 +78,12 @@ def compose(
     aims = [search.Aim.read(text) for text in objective or ()]
     cfg, ready = _ready(patches, model, prompts, risks, list(setting or []))
     bench, probes = ready.bench(cfg), [*ready.own, *ready.others]
-    filters = {*ready.filter_judges, *(judge for group in cfg.others.values() for judge in group.get("filter") or ())}
-    wanted = [search.asked(aim, probes, sorted(filters)) for aim in aims or search.usual(risks, probes)]
+    if not aims and (unseen := [risk for risk in risks if risk not in {probe.risk for probe in probes}]):
+        raise PolicyPatchError(
+            f"{unseen[0]} is measured by nothing here, so its patch would be left out: say by --objective what counts"
+        )
+    chose_pairs = filters(cfg, ready)
+    wanted = [search.asked(aim, probes, chose_pairs) for aim in aims or search.usual(risks, probes)]
     names = [str(one.aim) for one in wanted]
 
     def figures(candidate: Candidate | None, which: int) -> list[Measured]:
@@ -92,17 +98,26 @@ def compose(
     tried = search.search(len(parts), values, len(wanted), budget, seed, scales)
     chosen = search.best(tried, base).candidate
     front = sorted(search.pareto(tried), key=lambda one: one.values)
-    shown = [one for one in tried if one.candidate == chosen] + [one for one in front if one.candidate != chosen]
+    by_hand = search.best([one for one in tried if one.candidate in search.hand_made(len(parts))], base).candidate
+    first = [one for one in tried if one.candidate in (chosen, by_hand)]
+    shown = first + [one for one in front if one not in first]
     table = {"base": (base, figures(None, 1))}
     table |= {one.candidate.named(parts): (one.values, figures(one.candidate, 1)) for one in shown[:SHOWN]}
-    _show(names, table, bench, chosen.named(parts))
+    _show(names, table, bench, chosen.named(parts), by_hand.named(parts))
+    if len(shown) > SHOWN:
+        console.print(f"{len(shown) - SHOWN} more that no other beats are in the manifest", markup=False)
+    against = _compared(wanted, table[by_hand.named(parts)][1], table[chosen.named(parts)][1], bench)
+    for line in against if chosen != by_hand else ():
+        console.print(line, markup=False)
     found = {"objectives": names, "budget": budget, "seed": seed, "prompts": prompts}
     found |= {"order": [parts[i].manifest.name for i in chosen.order], "scales": list(chosen.scales)}
+    found |= {"best_by_hand": by_hand.named(parts), "against_it": against}
     found |= {"tried": [{"candidate": one.candidate.named(parts), "values": list(one.values)} for one in tried]}
     scaled = [Patch(s * parts[i].vectors, parts[i].manifest) for i, s in zip(chosen.order, chosen.scales, strict=True)]
     made = stack(scaled, name, version, alone=True)
     rows = _rows(wanted, table["base"][1], table[chosen.named(parts)][1], bench)
-    save(Patch(made.vectors, replace(made.manifest, training={"composition": found}, scorecard=rows)), out)
+    manifest = replace(made.manifest, training={"composition": found, "evaluate": measured_as(cfg)}, scorecard=rows)
+    save(Patch(made.vectors, manifest), out)
     console.print(f"{out}: {chosen.named(parts)}, {made.manifest.length} vectors", markup=False)
 
 
@@ -127,7 +142,7 @@ def _ready(
     return cfg, prepare(cfg)
 
 
-def _show(names: Sequence[str], table: dict[str, Any], bench: Bench, chosen: str) -> None:
+def _show(names: Sequence[str], table: dict[str, Any], bench: Bench, chosen: str, by_hand: str) -> None:
     settings = bench.settings
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     shown.add_column("stack", overflow="fold")
@@ -138,9 +153,28 @@ def _show(names: Sequence[str], table: dict[str, Any], bench: Bench, chosen: str
         for value, of in zip(values, measured, strict=True):
             low, high = of.metric.interval(settings.level, settings.resamples, settings.seed)
             cells.append(Text(f"{value:.3g} / {float(of.metric.compute()):.3g} [{low:.2g}, {high:.2g}]"))
-        shown.add_row(Text(label + (" *" if label == chosen else "")), *cells)
+        shown.add_row(Text(label + " *" * (label == chosen) + " (by hand)" * (label == by_hand)), *cells)
     Console(width=max(80, Console().width)).print(shown)
-    console.print("by the prompts chosen by / by others [interval]; * is written", markup=False)
+    told = "by the prompts chosen by / by others [interval]; * is written; (by hand): the best at full strength"
+    console.print(told, markup=False)
+
+
+def _compared(
+    wanted: Sequence[Asked], by_hand: Sequence[Measured], chosen: Sequence[Measured], bench: Bench
+) -> list[str]:
+    """What is written against the best that hands find, on the prompts that chose neither: a line for each figure."""
+    from policypatch.evaluate.measure import rows_of
+
+    lines = []
+    for one, theirs, ours in zip(wanted, by_hand, chosen, strict=True):
+        arms = {"hand": [theirs], "chosen": [ours]}
+        row = rows_of(arms, one.aim.risk, one.probes[1].split, (), bench.settings)[-1]
+        told = f"{one.aim}: {row.value:.3g}, the best by hand {float(theirs.metric.compute()):.3g}"
+        if row.delta is not None:
+            ends = f"[{row.delta_low:+.2g}, {row.delta_high:+.2g}]"
+            told += f"; difference {row.delta:+.2g} {ends}, p = {row.p_value:.2g}"
+        lines.append(told)
+    return lines
 
 
 def _rows(

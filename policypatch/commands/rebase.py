@@ -16,6 +16,8 @@ from policypatch.commands.base import (
     base_of,
     base_overrides,
     composed,
+    filters,
+    measured_as,
     quoted,
     refuse_existing,
     risk_overrides,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 console = Console(soft_wrap=True, highlight=False)
 AS_IT_STANDS, MAPPED, TUNED = "as it stands", "mapped", "tuned"
+LESS_FLUENT = 2.0  # times the new base's median perplexity
 
 
 def register(add: Register) -> None:
@@ -47,26 +50,33 @@ def rebase(
     """Carry a patch over as it stands, by a linear map between the embeddings, and by a short fine-tune from there.
 
     All are measured on the new base, and the one with the least of the patch's own risk is written, its manifest
-    bound to the new base and the old patch its parent.
+    bound to the new base and the old patch its parent; but none whose text is much less fluent than the base's, if
+    another is not. They are compared on the same prompts as the scorecard reports.
     """
+    from policypatch.files.cache import content_key
     from policypatch.logs import quiet_libraries
     from policypatch.patch.artifact import load, save
+    from policypatch.patch.stacking import check_parts
 
     refuse_existing(out)
     if not 0 <= share <= 1:
         raise PolicyPatchError(f"--share is {share}: it must be a number from 0 to 1")
     quiet_libraries()
     given = load(patch, require_signature=key)
+    check_parts([given])
     ways, told = _carried(given, old, new, version or given.manifest.version)
     risk = risk_overrides(given.manifest.risks)
     bound = ways[MAPPED].manifest.base
-    work = Path("outputs", "rebase", f"{given.manifest.name}-{given.manifest.sha256[:12]}-{bound.weights[:12]}")
+    about = {"patch": given.manifest.sha256, "to": asdict(bound), "share": share, "set": list(setting or [])}
+    work = Path("outputs", "rebase", f"{given.manifest.name}-{content_key(**about)[:12]}")
     if share:
         ways[TUNED] = _tuned(ways[MAPPED], work, risk, new, share, list(setting or []))
-    card = _measured(ways, work, risk, new, list(setting or []))
+    card, evaluate = _measured(ways, work, risk, new, list(setting or []))
     kept = _best(card, list(ways), given.manifest.risks)
-    _say(card, list(ways), kept, given.manifest.scorecard)
-    manifest = replace(ways[kept].manifest, scorecard=card, training={"rebase": told | {"kept": kept}})
+    lost = _say(card, list(ways), kept, given.manifest.scorecard)
+    told |= {"kept": kept, "share": share, "set": list(setting or []), "lost": lost}
+    card.sort(key=lambda row: row["arm"] == kept)  # the last arm is the one that a scorecard is about
+    manifest = replace(ways[kept].manifest, scorecard=card, training={"rebase": told, "evaluate": evaluate})
     save(replace(ways[kept], manifest=manifest), out)
     console.print(f"{out}: {kept}, for {bound.id}", markup=False)
 
@@ -113,20 +123,25 @@ def _tuned(start: Patch, work: Path, risk: list[str], model: str, share: float, 
 
 def _measured(
     ways: Mapping[str, Patch], work: Path, risk: list[str], model: str, setting: list[str]
-) -> list[dict[str, Any]]:
-    """The scorecard of the new base and of every way."""
+) -> tuple[list[dict[str, Any]], Any]:
+    """The scorecard of the new base and of every way, and how much was measured."""
     from policypatch.evaluate.arms import evaluate_arms
     from policypatch.model.arm import Arm
     from policypatch.prepare import prepare
 
-    cfg = composed([*risk, *base_overrides(model), "method=none", "logger=csv", *setting])
-    ready = prepare(cfg)
+    length = len(next(iter(ways.values())).vectors)
+    cfg = composed([*risk, *base_overrides(model), "method=none", f"patch.length={length}", "logger=csv", *setting])
+    ready = prepare(cfg, length)
     arms = [Arm("base"), *(Arm(name, vectors=way.vectors) for name, way in ways.items())]
-    return [asdict(row) for row in evaluate_arms(ready.bench(cfg), [*ready.own, *ready.others], [], (), arms, work)]
+    card = evaluate_arms(ready.bench(cfg), [*ready.own, *ready.others], [], filters(cfg, ready), arms, work)
+    return [asdict(row) for row in card], measured_as(cfg)
 
 
 def _best(card: Sequence[Mapping[str, Any]], ways: Sequence[str], risks: Sequence[str]) -> str:
-    """The way with the least of the patch's risks, each as a share of the new base's; of equals the simplest."""
+    """The way with the least of the patch's risks, each as a share of the new base's; of equals the simplest.
+
+    One behind which text is less fluent than `LESS_FLUENT` allows counts only where all are: noise has no risk either.
+    """
     from policypatch.report.scorecard import groups_of, headline_line
 
     first = {group.risk: group for group in reversed(groups_of(card))}
@@ -134,22 +149,31 @@ def _best(card: Sequence[Mapping[str, Any]], ways: Sequence[str], risks: Sequenc
     lines = [line for line in speaking if line is not None]
     if not lines:
         raise PolicyPatchError("no figure of the risk was measured: nothing says which way is best")
-    return min(
-        ways, key=lambda way: sum(line.cells[way]["value"] / (line.cells["base"]["value"] or 1) for line in lines)
-    )
+    fluency = next((line for group in groups_of(card) for line in group.lines if line.metric == "ppl_median"), None)
+
+    def rank(way: str) -> tuple[bool, float]:
+        ruined = fluency is not None and fluency.cells[way]["value"] > LESS_FLUENT * fluency.cells["base"]["value"]
+        return ruined, sum(line.cells[way]["value"] / (line.cells["base"]["value"] or 1) for line in lines)
+
+    return min(ways, key=rank)
 
 
-def _say(card: Sequence[Mapping[str, Any]], ways: Sequence[str], kept: str, was: Sequence[Mapping[str, Any]]) -> None:
-    """The headline of every way, and what the patch did to its own base."""
+def _say(
+    card: Sequence[Mapping[str, Any]], ways: Sequence[str], kept: str, was: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The headline of every way, and what the patch did to its own base; gives both for the manifest."""
     from policypatch.report.scorecard import final_arm, groups_of, headline_line
 
     line = headline_line(groups_of(card)[0].lines, kept)
     assert line is not None
     what = f"{line.metric}" + (f" by {line.judge}" if line.judge else "")
     base = line.cells["base"]["value"]
+    lost = {"figure": what, "base": base, "ways": {way: line.cells[way]["value"] for way in ways}}
     for way in ways:
         mark = " *" if way == kept else ""
         console.print(f"{what}, {way}: {base:.3g} -> {line.cells[way]['value']:.3g}{mark}", markup=False)
     same = {r["arm"]: r["value"] for r in was if (r["metric"], r.get("judge")) == (line.metric, line.judge)}
     if was and (arm := final_arm(was)) in same and "base" in same:
         console.print(f"{what}, on its own base: {same['base']:.3g} -> {same[arm]:.3g}", markup=False)
+        lost["on_its_own_base"] = [same["base"], same[arm]]
+    return lost

@@ -15,7 +15,9 @@ from policypatch.commands.base import (
     Register,
     base_overrides,
     composed,
+    filters,
     known_risk,
+    measured_as,
     refuse_existing,
     stack_overrides,
 )
@@ -58,6 +60,7 @@ def squash(
     from policypatch.model.arm import Arm
     from policypatch.patch.artifact import load, save
     from policypatch.patch.lineage import derived
+    from policypatch.patch.stacking import check_parts
     from policypatch.patch.stacking import stack as stacked
     from policypatch.prepare import prepare
     from policypatch.report.table import scorecard_table
@@ -65,6 +68,7 @@ def squash(
 
     refuse_existing(out)
     loaded = [load(folder, require_signature=key) for folder in patches]
+    check_parts(loaded)
     whole = loaded[0] if len(loaded) == 1 else stacked(loaded)
     shortened(whole.vectors, length)  # a length that is none ends the command here
     risks = whole.manifest.risks
@@ -85,13 +89,15 @@ def squash(
     texts = _prompts(cfg, ready.parts, risks, prompts)
     rows = examples(ready.base, stack, texts, plan.sampling, seed, plan.decode_rows)
     about = {"stack": whole.manifest.sha256, "length": length, "stage": asked, "seed": seed, "prompts": prompts}
+    about |= {"set": list(setting or [])}
     work = Path(
         "outputs", "squash", f"{whole.manifest.name}-{content_key(base=asdict(ready.base.identity), **about)[:12]}"
     )
     vectors = squashed(ready.base, stack, length, rows, cfg.sft, cfg.trainer, work, seed, cfg.row_tokens)
     arms = [Arm("base"), Arm("stack", vectors=stack), Arm(ARM, vectors=vectors)]
-    card = [asdict(row) for row in evaluate_arms(ready.bench(cfg), [*ready.own, *ready.others], [], (), arms, work)]
-    training = {"squash": about | {"rows": len(rows)}}
+    probes, chose_pairs = [*ready.own, *ready.others], filters(cfg, ready)
+    card = [asdict(row) for row in evaluate_arms(ready.bench(cfg), probes, [], chose_pairs, arms, work)]
+    training = {"squash": about | {"rows": len(rows)}, "evaluate": measured_as(cfg)}
     name = name or f"{whole.manifest.name}-squashed"
     save(derived(whole, vectors, name=name, version=version, training=training, scorecard=card), out)
     Console().print(scorecard_table(card, cfg.evaluate.level))
@@ -125,6 +131,7 @@ def _prompts(cfg: Any, parts: Sequence[Part], risks: Sequence[str], most: int) -
     found, own = [], {part.risk.name: part.risk for part in parts}
     for name in risks:
         if name not in own and name not in cfg.others:
+            console.print(f"! no prompts of {name} are known here: of its patch is kept what others' prompts show")
             continue
         risk = own.get(name) or made(cfg.others[name], f"others.{name}")
         found += [(risk.form, texts[:most]) for texts in (risk.training_prompts, risk.benign_prompts) if texts]

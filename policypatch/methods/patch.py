@@ -15,6 +15,7 @@ from policypatch.model.base import Base
 from policypatch.model.company import CompanyBackbone
 from policypatch.patch import initialise
 from policypatch.patch.artifact import check_base, load
+from policypatch.patch.stacking import check_parts
 
 
 class PatchMethod(Trained):
@@ -42,6 +43,8 @@ class PatchMethod(Trained):
         super().__init__(name)
         self.length, self.init, self.dropout = length, init, dropout
         self._beside = [load(folder) for folder in companions]
+        if self._beside:
+            check_parts(self._beside)
         self.companions = [patch.manifest.as_parent for patch in self._beside]
 
     @property

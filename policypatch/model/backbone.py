@@ -38,6 +38,7 @@ class PrefixBackbone(nn.Module):
             are switched (`policypatch.model.lora`) the switch has to stay as it was until then (`at_work`).
         compiled: layers run as torch.compile makes them where a batch is one row.
         anchor: (A, D) what stands before that which the patched base is compared with; None: nothing, it is the base.
+        reference: (R, D) what DPO's reference has in the patch's place; None where it is no patch.
     """
 
     patch: nn.Parameter
@@ -55,6 +56,7 @@ class PrefixBackbone(nn.Module):
         self.max_row_tokens = max_row_tokens
         self.recompute = self.compiled = False
         self.anchor: Tensor | None = None
+        self.reference: Tensor | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -77,6 +79,10 @@ class PrefixBackbone(nn.Module):
 
     def begin(self, step: int | None) -> None:
         """A training step begins, None for what is none: a backbone that changes from step to step does so here."""
+
+    def reference_logprobs(self, tree: Tree) -> Tensor | None:
+        """(S,) the reference's summed log-probability of each completion, where it is not the same at every step."""
+        return None
 
     def tree(self, items: list[Item]) -> Tree:
         """Pack items for this backbone, on its device."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from policypatch.model.backbone import PrefixBackbone
+from policypatch.model.backbone import PrefixBackbone, sum_by_sequence
+from policypatch.model.head import token_logprobs
 from policypatch.model.tree import Tree
 
 
@@ -55,7 +56,18 @@ class CompanyBackbone(PrefixBackbone):
 
     def hidden(self, tree: Tree) -> Tensor:
         """Last hidden states where a completion token is predicted, behind the patch in company: (N, D)."""
-        return self._hidden(tree, torch.cat([*self._before, self.patch, *self._behind]))
+        return self._hidden(tree, self._among(self.patch))
+
+    @torch.no_grad()
+    def reference_logprobs(self, tree: Tree) -> Tensor | None:
+        """(S,) of the reference in the company of this step, so that a margin holds nothing of what that brings."""
+        if self.reference is None or not (self._before or self._behind):
+            return None
+        states = self._hidden(tree, self._among(self.reference.to(self.patch.device)))
+        return sum_by_sequence(token_logprobs(self.model, states, tree.targets), tree)
+
+    def _among(self, vectors: Tensor) -> Tensor:
+        return torch.cat([*self._before, vectors, *self._behind])
 
 
 def drawn(companions: int, dropout: float, seed: int, step: int) -> tuple[list[int], list[int]]:

@@ -57,6 +57,8 @@ class Parent:
     name: str
     version: str
     sha256: str
+    base: str | None = None
+    """The weights' digest of its own base: vectors that are carried to another one as they stand are another patch."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Manifest:
     @property
     def as_parent(self) -> Parent:
         """How a patch that comes from this one names it."""
-        return Parent(self.name, self.version, self.sha256)
+        return Parent(self.name, self.version, self.sha256, self.base.weights)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, checked against the schema."""

@@ -58,7 +58,8 @@ def stack(
         base=first.base,
         sha256=digest(vectors),
         created=now(),
-        parents=[patch.manifest.as_parent for patch in patches],
+        # A part that is all of the stack is the same patch, and none is its own parent.
+        parents=first.parents if digest(vectors) == first.sha256 else [patch.manifest.as_parent for patch in patches],
         packages=packages(),
         placement=first.placement,
     )
@@ -84,7 +85,7 @@ def check_parts(patches: Sequence[Patch]) -> None:
             raise PolicyPatchError(f"{first.name} stands {first.placement} and {other.name} {other.placement}")
     known = {patch.manifest.sha256: patch.manifest for patch in patches}
     for start in known.values():
-        seen, ahead = set(), [parent.sha256 for parent in start.parents]
+        seen, ahead = set(), [parent.sha256 for parent in start.parents if parent.base in (None, first.base.weights)]
         while ahead:
             digest_ahead = ahead.pop()
             if digest_ahead == start.sha256:

@@ -38,10 +38,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Add an entry, and draw what the file then holds into a .svg beside it; gives all entries."""
+    """Add an entry, and draw what the file then holds of its patch into a .svg beside it; gives all entries."""
     entries = [*read(path), dict(entry)]
     write_jsonl(path, entries)
-    draw(entries, path.with_suffix(".svg"))
+    draw([one for one in entries if one["patch"] == entry["patch"]], path.with_suffix(".svg"))
     return entries
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from policypatch.data.datamodule import Batch
@@ -31,7 +32,10 @@ class PreferenceSettings:
 
 
 class DPOModule(PairStage):
-    """Direct preference optimisation; the reference's log-probabilities come with the batch, computed once."""
+    """Direct preference optimisation; the reference's log-probabilities come with the batch, computed once.
+
+    But those of a patch that is trained in company, whose reference stands in the same company (`CompanyBackbone`).
+    """
 
     stage = "dpo"
 
@@ -62,6 +66,8 @@ class DPOModule(PairStage):
         if len(paired):
             chosen, rejected = logprobs[batch.chosen[paired]], logprobs[batch.rejected[paired]]
             reference = batch.reference[paired]
+            if (live := self.backbone.reference_logprobs(batch.tree)) is not None:
+                reference = torch.stack([live[batch.chosen[paired]], live[batch.rejected[paired]]], 1)
             found = dpo_loss(chosen, rejected, reference[:, 0], reference[:, 1], p.beta, p.label_smoothing)
             margin = found.chosen_reward - found.rejected_reward
             told = {

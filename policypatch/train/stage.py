@@ -48,7 +48,12 @@ def write_figures(path: Path, rows: Sequence[dict[str, str]]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", newline="") as f:
         writer = csv.DictWriter(f, FIELDS)
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: STAGES.index(row["stage"])))
+        writer.writerows(sorted(rows, key=lambda row: _place(row["stage"])))
+
+
+def _place(stage: str) -> int:
+    """Where a run has the stage; others (squash) stand alone in their files."""
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
 class MetricsCsv(Callback):

@@ -74,8 +74,14 @@ def test_own_prompts_are_compared_with_the_first_audit_of_them(audit, patch: Pat
     assert "none of " in result.stdout and "has 2 audits" in result.stdout
     entries = [json.loads(line) for line in history.read_text().splitlines()]
     assert [entry["patch"][0]["name"] for entry in entries] == ["tox", "tox"]
-    assert {row["split"] for row in entries[0]["rows"] if row["risk"] == "toxicity"} == {"own"}
+    (split,) = {row["split"] for row in entries[0]["rows"] if row["risk"] == "toxicity"}
+    assert split.startswith("own_")
     assert (tmp_path / "audits.svg").exists()
+    others = write_prompts(tmp_path / "others.jsonl", 5, 950, "prompt")
+    result = audit(patch, "--prompts", others, "--history", history, "--out", tmp_path / "run3")
+    assert "figures have no earlier one to be compared with" in result.stdout  # those on other prompts
+    result = audit(patch, "--prompts", others, "--history", history, "--out", tmp_path / "run4")
+    assert result.exit_code == 0 and "have no earlier one" not in result.stdout
 
 
 def test_what_cannot_be_audited_is_told(audit, patch: Path, tiny_base: Base, tmp_path: Path):

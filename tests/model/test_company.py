@@ -56,6 +56,20 @@ def test_the_anchor_is_the_base_behind_the_companions(tiny_llama, parts):
     torch.testing.assert_close(backbone.base_hidden(tree), alone.hidden(tree), rtol=1e-4, atol=1e-4)
 
 
+def test_the_reference_stands_in_the_same_company(tiny_llama, parts):
+    backbone, reference = company(tiny_llama, parts, 0.0), parts[0] * 0.5
+    tree = backbone.tree(ITEMS)
+    backbone.begin(0)
+    assert backbone.reference_logprobs(tree) is None  # what it is was not said
+    backbone.reference = reference
+    before, behind = drawn(2, 0.0, 3, 0)
+    whole = torch.cat([*(parts[1 + i] for i in before), reference, *(parts[1 + i] for i in behind)])
+    expected = PrefixBackbone(tiny_llama, whole).sequence_logprobs(tree)
+    torch.testing.assert_close(backbone.reference_logprobs(tree), expected, rtol=1e-4, atol=1e-4)
+    backbone.begin(None)
+    assert backbone.reference_logprobs(tree) is None  # alone it is what the batch says
+
+
 def test_only_the_patch_learns_and_only_it_is_kept(tiny_llama, parts):
     backbone = company(tiny_llama, parts, 0.0)
     backbone.begin(0)

@@ -104,6 +104,14 @@ def test_a_patch_that_is_among_its_own_parents_is_refused(pair):
     with pytest.raises(PolicyPatchError, match="tox is among its own parents"):
         stack([first, second])
     stack([first, b])  # a patch and what it came from may stand together
+    elsewhere = Parent("tox", "1.2.0", a.manifest.sha256, "f" * 64)  # the same vectors, carried over from another base
+    stack([Patch(a.vectors, replace(a.manifest, parents=[elsewhere])), b])
+
+
+def test_a_patch_alone_is_no_child_of_its_own(pair):
+    made = stack(pair[:1], "chosen", alone=True)
+    assert made.manifest.sha256 == pair[0].manifest.sha256 and made.manifest.parents == pair[0].manifest.parents
+    stack([made, pair[1]])
 
 
 def test_a_patch_made_of_another_does_not_claim_its_training_data_or_figures(pair):
