@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,10 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # of losses and gradients, ours 
 PACKAGES = ("policypatch", "torch", "transformers", "trl", "peft")
 
 
-def measured(shape: Shape | None, dtype: str, parts: list[str], repeats: int, new_tokens: int) -> dict[str, Any]:
-    """Everything asked for of a shape, or of the default base, in one precision."""
+def measured(
+    shape: Shape | None, dtype: str, parts: list[str], repeats: int, new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Everything asked for of a shape, or of the default base, in one precision; what there is after every part."""
     load, work = partial(default_base, dtype), Workload()
     checked, tolerance = load, TOLERANCE[dtype]
     if shape is not None:
@@ -53,16 +56,19 @@ def measured(shape: Shape | None, dtype: str, parts: list[str], repeats: int, ne
             agreement = {"agreement": training.agreed(checked, work, name, tolerance)}
             found[name] = agreement | training.stage(load, work, name, repeats)
             release()
+            yield found
     if "memory" in parts:
         found["peak_bytes"] = {name: training.peaks(dtype, name) for name in ("sft", "dpo")}
+        yield found
     if "growth" in parts:
         found["growth"] = training.growth(load, work, repeats)
         release()
+        yield found
     if "decoding" in parts:
         found["overhead"] = decoding.overhead(load, repeats, new_tokens)
         release()
         found["sampling"] = decoding.sampling(load(), repeats)
-    return found
+        yield found
 
 
 def release() -> None:
@@ -130,15 +136,16 @@ def main() -> None:
     if path.is_file() and (known := read_json(path)) == known | results:
         results = known  # of the same machine and packages: parts that are not measured now stay as they are
     for dtype in dtypes:
-        found = measured(shape, dtype, parts, arguments.repeats, arguments.new_tokens)
-        named = keys(found)
+        named: dict[str, Spread] = {}
+        for found in measured(shape, dtype, parts, arguments.repeats, arguments.new_tokens):
+            named = keys(found)
+            results[dtype] = results.get(dtype, {}) | found
+            if dtype == ("bfloat16" if shape else "float32"):
+                results |= named
+                if "growth" in found:
+                    draw_growth(found["growth"], RESULTS / f"{'' if name == 'latest' else name + '-'}growth.svg")
+            write_json(path, results)  # after every part: a machine may be had for less time than all of them take
         show(named, f"{arguments.base or 'the default base'}, {dtype}")
-        results[dtype] = results.get(dtype, {}) | found
-        if dtype == ("bfloat16" if shape else "float32"):
-            results |= named
-            if "growth" in found:
-                draw_growth(found["growth"], RESULTS / f"{'' if name == 'latest' else name + '-'}growth.svg")
-        write_json(path, results)
 
 
 if __name__ == "__main__":
