@@ -49,7 +49,7 @@ def job(
     threads = torch.get_num_threads()
     try:
         if at_once != 1:
-            cores = os.cpu_count() or 1
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(min(threads, max(1, cores // (at_once if at_once > 0 else cores))))
         start(cfg, folder, overrides, arguments, log_config)
     except Exception as error:
@@ -62,7 +62,7 @@ def job(
         try:
             write_json(folder / name, note)
         except OSError as full:
-            log.error("%s cannot be written: %s", folder / name, full.strerror)  # noqa: TRY400: that it failed is told
+            log.error("%s cannot be written: %s", folder / name, full.strerror)  # that the job failed is told
     finally:
         torch.set_num_threads(threads)
         gc.collect()  # a trainer and its module hold each other, and with them the base

@@ -24,6 +24,7 @@ from policypatch.launch import start
 
 log = logging.getLogger(__name__)
 
+PARTS = ("pairs", "sft", "dpo", "evaluate", "package")  # of a run, each of which as many kills are meant for
 KILLS = int(os.environ.get("POLICYPATCH_KILLS", "8"))
 SETTINGS = {"trainer.checkpoint_every": 1, "sft.steps": 12, "dpo.steps": 24, "others": "all", "decode_rows": 8}
 
@@ -94,9 +95,14 @@ def test_a_killed_run_ends_as_if_nothing_had_been(processes, tiny_base_folder: P
 
     whole("warm")  # the first one waits for the imports
     seconds = whole("undisturbed")
+    spent = json.loads((tmp_path / "undisturbed" / "run.json").read_text())["seconds"]
+    begins, at = {}, seconds - sum(spent.values())
+    for part, took in spent.items():
+        begins[part], at = at, at + took
     told = []
     for number in range(KILLS):
-        name, when = f"run {number}", draw.uniform(0, seconds)
+        name, part = f"run {number}", PARTS[number % len(PARTS)]
+        when = begins[part] + draw.uniform(0, spent[part])
         how = draw.choice([signal.SIGKILL, signal.SIGTERM])
         process = begin(name)
         process.join(when)

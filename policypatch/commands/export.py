@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from policypatch.commands.base import MODEL, Register, base_of, model_config, refuse_existing
 from policypatch.errors import PolicyPatchError
+from policypatch.files.atomic import has_own, read_limited, write_text
 
 if TYPE_CHECKING:
     from policypatch.export.words import Words
@@ -50,7 +50,7 @@ def export(
     allow_mismatch: Annotated[list[str] | None, typer.Option(help="digest of the base that may differ")] = None,
 ) -> None:
     """Write a patch in a form that other software takes."""
-    from policypatch.patch import artifact, signature
+    from policypatch.patch import artifact
 
     refuse_existing(out)
     loaded = [artifact.load(folder, require_signature=key) for folder in patches]
@@ -61,8 +61,7 @@ def export(
             from policypatch.patch.peft_layout import save_peft
 
             save_peft(loaded[0], out)
-            if (patches[0] / signature.SIGNATURE).is_file():  # of the manifest, which goes along as it is
-                shutil.copyfile(patches[0] / signature.SIGNATURE, out / signature.SIGNATURE)
+            _take_signature(patches[0], out)  # of the manifest, which goes along as it is
         else:
             from policypatch.model.load import choose_dtype
             from policypatch.patch.prompt_embeds import save_embeds
@@ -90,6 +89,15 @@ def export(
         words.names(default)
         export_gguf(gguf_of(model_config(model)), words, out, default, dequantize)
     _say(words, out)
+
+
+def _take_signature(folder: Path, out: Path) -> None:
+    """The folder's signature, where it has one of its own: one that leads elsewhere is not read."""
+    from policypatch.patch import signature
+
+    if has_own(folder, signature.SIGNATURE):
+        content = read_limited(folder / signature.SIGNATURE, signature.LIMIT)
+        write_text(out / signature.SIGNATURE, content.decode("utf-8", "replace"))
 
 
 def _say(words: Words, out: Path) -> None:
@@ -121,7 +129,7 @@ def import_(
     risk: Annotated[list[str] | None, typer.Option(help="that it addresses; may be given several times")] = None,
 ) -> None:
     """Make a patch of PEFT's prompt-tuning files: lossless for what `export` wrote, bound to --model for any other."""
-    from policypatch.patch import artifact, signature
+    from policypatch.patch import artifact
     from policypatch.patch.lineage import now, packages
     from policypatch.patch.manifest import Manifest
     from policypatch.patch.peft_layout import load_peft
@@ -152,6 +160,6 @@ def import_(
     told: dict[str, Any] = {"name": name, "version": version, "risks": risk}
     told = {key: value for key, value in told.items() if value is not None}
     artifact.save(artifact.Patch(vectors, replace(manifest, **told)), out)
-    if not told and (folder / signature.SIGNATURE).is_file():
-        shutil.copyfile(folder / signature.SIGNATURE, out / signature.SIGNATURE)
+    if not told:
+        _take_signature(folder, out)
     console.print(f"{out}: {manifest.name} {manifest.version}, {manifest.length} vectors", markup=False)

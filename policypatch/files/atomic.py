@@ -159,7 +159,10 @@ def has_own(folder: Path, name: str) -> bool:
     path = folder / name
     if not os.path.lexists(path):
         return False
-    real, inside = path.resolve(), folder.resolve()
+    try:
+        real, inside = path.resolve(), folder.resolve()
+    except RuntimeError as error:  # of Python before 3.13
+        raise PolicyPatchError(f"{path} is a link that leads to itself") from error
     blobs = inside.parent.parent / "blobs"
     if not real.is_relative_to(inside) and real.parent != blobs:
         raise PolicyPatchError(f"{path} is a link that leads out of its folder: put the file itself there")

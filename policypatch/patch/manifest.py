@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.resources import files
@@ -89,6 +90,9 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, checked against the schema."""
         data = asdict(self)
+        for parent in data["parents"]:
+            if parent["base"] is None:  # as it was read: a signature is over the very bytes
+                del parent["base"]
         _validate(data, "the manifest")
         return data
 
@@ -104,6 +108,7 @@ class Manifest:
                 f"{where} has format {data['format']} but this policypatch reads up to {FORMAT}: upgrade policypatch"
             )
         _refuse_large(data, where)
+        _refuse_odd(data, where)
         _validate(data, where)
         known = dict(data)
         known["base"] = BaseIdentity(**known["base"])
@@ -125,6 +130,37 @@ def _refuse_large(data: Any, where: str) -> None:
             raise PolicyPatchError(f"{where}: training is nested more than {DEEP} deep: no patch's settings are")
         below = [value for value in layer if isinstance(value, list | dict)]
         layer = [each for value in below for each in (value.values() if isinstance(value, dict) else value)]
+
+
+def _refuse_odd(data: Any, where: str) -> None:
+    """Refuse what JSON and its schemas let through and a terminal, a file or arithmetic would not.
+
+    Raises:
+        PolicyPatchError: half a character or a control character in a key, half a character in a text, a number that
+            is not finite or has more than 64 bits, or a whole one of vectors that is written with a point.
+    """
+    layer = [("the top level", data)]
+    while layer:
+        place, value = layer.pop()
+        if isinstance(value, dict):
+            for key in value:
+                if not key.isprintable() or not _whole(key):
+                    raise PolicyPatchError(f"{where}: a key below {place} is no plain text: {ascii(key)[:100]}")
+            layer += [(f"{place}.{key}" if value is not data else key, each) for key, each in value.items()]
+        elif isinstance(value, list):
+            layer += [(place, each) for each in value]
+        elif isinstance(value, str) and not _whole(value):
+            raise PolicyPatchError(f"{where}: {place} is not valid: it holds half a character")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise PolicyPatchError(f"{where}: {place} is not valid: {value} is no number")
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            raise PolicyPatchError(f"{where}: {place} is not valid: it has more than 64 bits")
+        elif isinstance(value, float) and place in ("format", "length", "width"):
+            raise PolicyPatchError(f"{where}: {place} is not valid: {value} is not an integer")
+
+
+def _whole(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _validate(data: Any, where: str) -> None:

@@ -29,7 +29,7 @@ from policypatch.files.atomic import atomic_path, has_own, read_limited
 SIGNATURE = "patch.sig"
 FORMAT = 1
 _DOMAIN = b"policypatch patch signature 1\0"  # a signature for something else is none for a patch
-_LIMIT = 4096  # bytes of a key or a signature
+LIMIT = 4096  # bytes of a key or a signature
 
 
 def keygen(private: Path) -> tuple[Path, Path]:
@@ -64,7 +64,7 @@ def public_key(path: Path | str) -> Ed25519PublicKey:
         PolicyPatchError: the file is missing or is no such key.
     """
     try:
-        key = load_pem_public_key(read_limited(path, _LIMIT))
+        key = load_pem_public_key(read_limited(path, LIMIT))
     except (ValueError, UnsupportedAlgorithm) as error:
         raise PolicyPatchError(f"{path} is no public key in PEM: give the file that ends in .pub") from error
     if not isinstance(key, Ed25519PublicKey):
@@ -89,7 +89,7 @@ def signed(manifest: bytes, vectors: str, private: Path) -> str:
         PolicyPatchError: the file is missing or is no private Ed25519 key without a password.
     """
     try:
-        key = load_pem_private_key(read_limited(private, _LIMIT), password=None)
+        key = load_pem_private_key(read_limited(private, LIMIT), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise PolicyPatchError(f"{private} is no private key in PEM without a password") from error
     if not isinstance(key, Ed25519PrivateKey):
@@ -155,7 +155,7 @@ def _read(folder: Path) -> tuple[Ed25519PublicKey, bytes]:
     path = folder / SIGNATURE
     wrong = f"{path} is no signature of policypatch: sign the patch again"
     try:
-        content: Any = json.loads(read_limited(path, _LIMIT))
+        content: Any = json.loads(read_limited(path, LIMIT))
         if not isinstance(content, dict) or set(content) != {"format", "key", "signature"}:
             raise PolicyPatchError(wrong)
         if isinstance(content["format"], int) and content["format"] > FORMAT:

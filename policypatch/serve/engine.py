@@ -176,7 +176,13 @@ class Engine:
             except Exception:  # whatever it was, its requests are told and the others go on
                 log.exception("a round failed; %d requests end", len(self.running))
                 while self.running:
-                    self._end(len(self.running) - 1, "error")
+                    last = self.running[-1].job
+                    try:
+                        self._end(len(self.running) - 1, "error")
+                    except Exception:  # a device that failed fails in clearing up as well
+                        log.exception("a slot could not be given back")
+                        self.running = [row for row in self.running if row.job is not last]
+                        self._tell(last, "", "error")
 
     def round(self) -> None:
         """Let requests in, and write one token for each that is there."""

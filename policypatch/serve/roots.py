@@ -12,6 +12,7 @@ from policypatch.model.base import Base
 from policypatch.model.tree import common_prefix
 from policypatch.serve.slots import prefix_cache
 
+STACKS = 64  # orders of patches whose last prompt is known
 WORTH = 8  # tokens that prompts must share beyond what is known before that is computed apart
 
 
@@ -35,8 +36,10 @@ class Roots:
         What a stack's last two prompts began with (a chat's system message) is taken for what the next ones begin with.
         The prompt's last token is never part of it: its state predicts the first new one.
         """
-        last = self._last.get(stack, ())
+        last = self._last.pop(stack, ())
         self._last[stack] = prompt
+        while len(self._last) > STACKS:
+            del self._last[next(iter(self._last))]
         common = min(common_prefix([prompt, last]), len(prompt) - 1)
         known = [key for key in self._kept if key[0] == stack and tuple(prompt[: len(key[1])]) == key[1]]
         best = max(known, key=lambda key: len(key[1]), default=(stack, ()))

@@ -134,9 +134,10 @@ class Served:
                     raise RefusedError("the model failed on this request; the server's log says more", 500, "failed")
                 if why == "cancelled":
                     raise _stopping()
+                if why is not None:  # before it is handed on: who reads a stream need not come back for more
+                    self.metrics.answered(job)
                 yield text, why
                 if why is not None:
-                    self.metrics.answered(job)
                     return
         finally:
             job.cancelled = True  # of no effect on one that has ended

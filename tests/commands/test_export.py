@@ -40,6 +40,15 @@ def test_a_signature_goes_there_and_back(folders, tmp_path: Path):
         assert call("verify", tmp_path / name, "--key", tmp_path / "key.pub").exit_code == signed
 
 
+def test_a_signature_that_lies_elsewhere_is_not_read(folders, tmp_path: Path):
+    call("export", folders[0], "--to", "peft", "--out", tmp_path / "peft")
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "peft" / "patch.sig").symlink_to(tmp_path / "secret")
+    result = call("import", tmp_path / "peft", "--out", tmp_path / "back")
+    assert result.exit_code == 2 and "leads out of its folder" in result.stderr
+    assert not (tmp_path / "back" / "patch.sig").exists()
+
+
 def test_a_model_that_is_not_its_base_is_refused_though_a_manifest_lies_there(folders, tmp_path: Path):
     call("export", folders[0], "--to", "peft", "--out", tmp_path / "peft")
     result = call("import", tmp_path / "peft", "--out", tmp_path / "back", "--model", tmp_path)

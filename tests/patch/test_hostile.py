@@ -88,6 +88,31 @@ def test_any_value_in_a_manifest(folder: Path, data):
         (folder / MANIFEST).write_text(written)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("length", "4.0", "length is not valid: 4.0 is not an integer"),
+        ("training", '{"lr": 1e400}', "training.lr is not valid: inf is no number"),
+        ("training", '{"steps": 1' + "0" * 400 + "}", "training.steps is not valid: it has more than 64 bits"),
+        ("risks", '["\\ud800"]', "risks is not valid: it holds half a character"),
+        ("training", '{"\\u001b[31m": 1}', "a key below training is no plain text"),
+        ("packages", '{"\\u001b[31m": "1"}', "a key below packages is no plain text"),
+    ],
+)
+def test_what_a_schema_lets_through(folder: Path, key: str, value: str, said: str):
+    manifest = json.loads((folder / MANIFEST).read_text()) | {key: "HERE"}
+    (folder / MANIFEST).write_text(json.dumps(manifest).replace('"HERE"', value))
+    with pytest.raises(PolicyPatchError) as caught:
+        load(folder)
+    assert said in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_link_that_leads_to_itself(folder: Path):
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).symlink_to(MANIFEST)
+    refused(folder, ".")
+
+
 @FUZZ
 @given(header=st.binary(max_size=200) | JSON.map(lambda made: json.dumps(made).encode()), body=st.binary(max_size=100))
 def test_any_header_and_body_for_vectors(folder: Path, header: bytes, body: bytes):
