@@ -86,12 +86,19 @@ def _ordered(costs: Sequence[Column]) -> list[Column]:
 def label(line: Line, keys: Sequence[str]) -> str:
     """A line in a figure's words: the values that tell it from the others."""
     values = {key: line.values.get(key) for key in keys if line.values.get(key) is not None}
-    told = [value if isinstance(value, str) else f"{short(key)} {value_text(value)}" for key, value in values.items()]
+    told = [
+        value if isinstance(value, str) else f"{short(key, keys)} {value_text(value)}" for key, value in values.items()
+    ]
     return ", ".join(told) or line.name
 
 
-def short(key: str) -> str:
-    """A key by its last part, or by its first where that is only "name" or the like."""
+def short(key: str, among: Sequence[str] = ()) -> str:
+    """A key by its last part, its first where that is "name" or the like, and whole where another is called so."""
+    name = _last_part(key)
+    return key if any(_last_part(other) == name for other in among if other != key) else name
+
+
+def _last_part(key: str) -> str:
     first, _, last = key.rpartition(".")
     return first.rpartition(".")[2] if first and last in ("name", "kind", "enabled") else last
 

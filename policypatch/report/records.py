@@ -144,7 +144,9 @@ def differing(all_settings: Sequence[Mapping[str, Any]], given: Collection[str] 
     names = {key for key in names if not _is_copy(key, all_settings)}
     said = {key: _parts(key, all_settings) for key in sorted(names & {*given, *ALWAYS})}
     said = {key: parts for key, parts in said.items() if len(set(parts)) > 1}
-    for key in sorted(names, key=lambda key: (_rank(key), key.count("."), key)):
+    # A key that some runs have not (an experiment's own) speaks only where no other parts them so.
+    partial = {key for key in names if any(key not in own for own in all_settings)}
+    for key in sorted(names, key=lambda key: (key in partial, _rank(key), key.count("."), key)):
         parted.setdefault(_parts(key, all_settings), key)
     kept = {parts: key for key, parts in said.items()}
     for parts, key in sorted(parted.items(), key=lambda item: -len(set(item[0]))):

@@ -343,6 +343,16 @@ def test_a_key_is_called_by_the_part_that_tells(key: str, name: str):
     assert short(key) == name
 
 
+def test_a_key_that_shares_its_last_part_is_called_as_a_whole():
+    keys = ["sft.lr", "dpo.lr", "dpo.beta"]
+    assert [short(key, keys) for key in keys] == ["sft.lr", "dpo.lr", "beta"]
+
+
+def test_a_key_that_some_runs_have_not_tells_only_what_no_other_does():
+    assert differing([{"long": 60, "sft.steps": 60}, {"sft.steps": 20}]) == ["sft.steps"]
+    assert differing([{"long": 60, "sft.steps": 20}, {"sft.steps": 20}]) == ["long"]
+
+
 def test_a_real_runs_folder_compares_with_itself(build_run: Callable[..., Path], tmp_path: Path):
     run = build_run()
     found = compare([run], tmp_path / "out")
