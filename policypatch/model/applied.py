@@ -30,6 +30,7 @@ from policypatch.model.parts import context_of, decoder_of, sliding_window
 
 PREFIX = "policypatch_"  # of the attention implementations that see a stack
 KINDS = ("sdpa", "eager")
+KNOWN = 64  # stacks that are kept once computed, the last ones used
 
 
 def apply(model: PreTrainedModel, *vectors: Tensor, bound: Bound | None = None) -> PreTrainedModel:
@@ -151,14 +152,18 @@ def _computed(model: PreTrainedModel, state: Applied, vectors: Tensor) -> Stack:
         raise PolicyPatchError(f"a stack of {len(vectors)} vectors does not fit the model's sliding window of {window}")
     digest = hashlib.sha256(vectors.numpy().tobytes()).hexdigest()
     key = digest, model.device, model.dtype
-    if key not in state.known:
+    stack = state.known.pop(key, None)
+    if stack is None:
         with state.standing([None]), _without_dropout(model):
             embedded = vectors.to(model.device, model.dtype)[None]
             cache = decoder_of(model)(
                 inputs_embeds=embedded, past_key_values=DynamicCache(), use_cache=True
             ).past_key_values
-        state.known[key] = Stack(len(vectors), [(layer.keys, layer.values) for layer in cache.layers], digest)
-    return state.known[key]
+        stack = Stack(len(vectors), [(layer.keys, layer.values) for layer in cache.layers], digest)
+    state.known[key] = stack
+    while len(state.known) > KNOWN:  # those that stand in front have other holders
+        del state.known[next(iter(state.known))]
+    return stack
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedMo
 from transformers.generation.streamers import BaseStreamer
 
 from policypatch.errors import PolicyPatchError
-from policypatch.model.applied import PREFIX, STATE, apply, remove, state_of, using
+from policypatch.model.applied import KNOWN, PREFIX, STATE, apply, remove, state_of, using
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5], [40, 41]]
 NEW = 8
@@ -307,3 +307,15 @@ def test_what_cannot_be_applied_is_refused_and_leaves_the_model_alone(model):
     with pytest.raises(PolicyPatchError, match="call apply first"), using(model, None):
         pass
     assert torch.equal(model(torch.tensor([PROMPTS[0]])).logits, before)
+
+
+def test_stacks_that_were_left_are_not_kept_for_ever(model):
+    first, ids = vectors_for(model, 2), torch.tensor([PROMPTS[0]])
+    apply(model, first)
+    expected = model(ids).logits
+    with torch.no_grad():
+        for seed in range(1, KNOWN + 8):
+            with using(model, [vectors_for(model, 1, seed)]):
+                pass
+    assert len(state_of(model).known) == KNOWN
+    assert torch.equal(model(ids).logits, expected)
