@@ -76,7 +76,7 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
         arms, pair_set, training = [Arm("base")], None, None
         if isinstance(ready.method, Trained):
             pair_set = trained_arms(cfg, ready, ready.method, arms, clock, tracker, folder)
-            training = Training.sum([stage_cost(folder, stage) for stage in ("sft", "dpo")], ranks.size())
+            training = Training.sum([stage_cost(folder, stage) for stage in ("sft", "dpo")])
         elif isinstance(ready.method, Untrained):
             arms += ready.method.arms(ready.teachers)
         with tracker.job("eval") as job:

@@ -27,18 +27,19 @@ class Training:
 
     Attributes:
         seconds: of both together.
-        devices: that were busy for as long.
+        device_seconds: the same for every device that was busy meanwhile.
         peak_bytes: most memory of the process (of the GPU, where there is one) at any time of it.
     """
 
     seconds: float
-    devices: int
+    device_seconds: float
     peak_bytes: int
 
     @classmethod
-    def sum(cls, stages: Sequence[tuple[float, int]], devices: int) -> Training:
-        """Of the (seconds, peak bytes) of each stage."""
-        return cls(sum(seconds for seconds, _ in stages), devices, max(peak for _, peak in stages))
+    def sum(cls, stages: Sequence[tuple[float, float, int]]) -> Training:
+        """Of the (seconds, device seconds, peak bytes) of each stage."""
+        seconds, device_seconds, peaks = zip(*stages, strict=True)
+        return cls(sum(seconds), sum(device_seconds), max(peaks))
 
 
 def trainable(arm: Arm) -> int:
@@ -62,7 +63,7 @@ def size_rows(arm: Arm, base: Base, training: Training | None) -> list[Row]:
     if training is not None:
         found |= {
             "train_seconds": training.seconds,
-            "device_hours": training.seconds * training.devices / 3600,
+            "device_hours": training.device_seconds / 3600,
             "peak_memory_bytes": training.peak_bytes,
         }
     return [_row(arm, "training", metric, value, value, value, 1) for metric, value in found.items()]

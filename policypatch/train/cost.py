@@ -10,14 +10,16 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from policypatch import ranks
 from policypatch.files.atomic import read_json, write_json
 from policypatch.train.memory import Peak, peak_from_now
 
 COST = "cost.json"  # beside a stage's checkpoints
+FIGURES = ("seconds", "device_seconds", "peak_bytes")
 
 
 class Cost(Callback):
-    """Seconds of training and the most memory held in it.
+    """Seconds of training, the same for every device that took part, and the most memory held in it.
 
     Args:
         device: where it is trained.
@@ -25,7 +27,7 @@ class Cost(Callback):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds, self.most = 0.0, 0  # of the attempts and parts that are over
+        self.seconds, self.device_seconds, self.most = 0.0, 0.0, 0  # of the attempts and parts that are over
         self.started = 0.0  # of the part that is not
         self.peak: Peak | None = None  # of this attempt, for as long as it trains
 
@@ -41,30 +43,32 @@ class Cost(Callback):
     def _add(self) -> None:
         if self.peak is not None:
             now = time.monotonic()
-            self.seconds, self.started = self.seconds + now - self.started, now
+            self.seconds += now - self.started
+            self.device_seconds += (now - self.started) * ranks.size()  # which another attempt may have more or less of
+            self.started = now
             self.most = max(self.most, self.peak.bytes)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         self._add()
-        return {"seconds": self.seconds, "peak_bytes": self.most}
+        return {"seconds": self.seconds, "device_seconds": self.device_seconds, "peak_bytes": self.most}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint that an attempt goes on from."""
-        self.seconds, self.most = state["seconds"], state["peak_bytes"]
+        self.seconds, self.device_seconds, self.most = (state[name] for name in FIGURES)
 
     def save(self, folder: Path) -> None:
         """Write the figures beside the checkpoints."""
         write_json(folder / COST, self.state_dict())
 
 
-def stage_cost(folder: Path, stage: str) -> tuple[float, int]:
-    """Seconds of training and most memory held in it; (0, 0) where the stage was left out.
+def stage_cost(folder: Path, stage: str) -> tuple[float, float, int]:
+    """Seconds of training, of all devices together, and most memory held in it; zeros where the stage was left out.
 
     Args:
         folder: of the run.
         stage: its name.
     """
     path = folder / "checkpoints" / stage / COST
-    known = read_json(path) if path.is_file() else {"seconds": 0.0, "peak_bytes": 0}
-    return float(known["seconds"]), int(known["peak_bytes"])
+    seconds, device_seconds, peak = (read_json(path)[name] for name in FIGURES) if path.is_file() else (0.0, 0.0, 0)
+    return float(seconds), float(device_seconds), int(peak)
