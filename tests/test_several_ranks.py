@@ -156,3 +156,14 @@ def test_a_sweep_that_every_rank_would_go_through_is_refused(tmp_path: Path):
         text=True,
     )
     assert done.returncode == 2 and "start it once" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 24])
+def test_every_row_is_one_ranks_and_no_share_is_larger_by_more_than_one(size: int, rows: int, monkeypatch):
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(ranks, "_place", ranks._Place(rank, size))
+        shares.append(ranks.share(rows))
+    assert [row for share in shares for row in share] == list(range(rows))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
