@@ -36,6 +36,11 @@ def check_overrides(arguments: Sequence[str], multirun: bool = True) -> None:
         PolicyPatchError: an unknown key (with the nearest known one), an unknown choice, or what `check` or
             `check_launcher` refuses.
     """
+    if multirun and ranks.one_of_several():
+        raise PolicyPatchError(
+            "a sweep (-m) was started in several ranks, each of which would go through all of its jobs: start it once, "
+            "as a job of several trainer.devices starts its own ranks"
+        )
     overrides = _parse(arguments)
     swept = [o for o in overrides if o.is_sweep_override()]
     if swept and not multirun:
@@ -183,11 +188,6 @@ def check_launcher(trainer: DictConfig, launcher: DictConfig) -> None:
         launcher: Hydra's, of the sweep.
     """
     devices, nodes = trainer.devices, trainer.num_nodes
-    if ranks.one_of_several():
-        raise PolicyPatchError(
-            "a sweep (-m) was started in several ranks, each of which would go through all of its jobs: start it once, "
-            "as a job of several trainer.devices starts its own ranks"
-        )
     kind = str(launcher.get("_target_", "")).rpartition(".")[2]
     if (devices != 1 or nodes > 1) and kind not in KNOWN_LAUNCHERS:
         raise PolicyPatchError(

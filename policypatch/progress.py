@@ -30,18 +30,19 @@ class ByteLines:
 
     Args:
         what: is downloaded.
+        begun: bytes that were there before, as of a download that goes on.
     """
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, begun: float = 0) -> None:
+        self.what, self.begun = what, begun
         self.started = self.said = time.monotonic()
 
     def update(self, done: float, total: float | None) -> None:
         """So many bytes are there, of so many if that is known."""
         now = time.monotonic()
-        if total is None or not done or now - self.said < LINE_EVERY_S:
+        if total is None or done <= self.begun or now - self.said < LINE_EVERY_S:
             return
-        left = (now - self.started) / done * (total - done)
+        left = (now - self.started) / (done - self.begun) * (total - done)
         sizes = decimal(int(done)), decimal(int(total))
         log.info("downloading %s: %s of %s, about %.0f s left", self.what, *sizes, left)
         self.said = now

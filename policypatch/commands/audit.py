@@ -23,7 +23,6 @@ from policypatch.commands.base import (
     stack_overrides,
 )
 from policypatch.errors import PolicyPatchError
-from policypatch.files.atomic import file_sha256
 
 if TYPE_CHECKING:
     from policypatch.evaluate.drift import Change
@@ -55,7 +54,7 @@ def audit(
     """Measure a patch as it was measured when it was made, and say what has changed since; exit status 1 if it has.
 
     Judges, prompts and metrics are this checkout's (conf/), as many as the patch's manifest says; nothing of a manifest
-    but numbers is used. Where it has no such figure, as on prompts of your own, the first audit in --history is what
+    but numbers is used. Where it has no such figure, as on prompts of your own, the oldest in --history is what
     later ones are compared with.
     """
     from policypatch.evaluate.drift import changes
@@ -122,7 +121,7 @@ def say(found: Mapping[str, Sequence[Change]], figures: int) -> None:
 def _reference(
     scorecard: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]], patch: Any
 ) -> dict[str, list[Mapping[str, Any]]]:
-    """What today's figures are held against: the manifest's, and of those it has not the first audit's."""
+    """What today's figures are held against: the manifest's, and of those it has not the oldest audit's that has."""
     from policypatch.evaluate.drift import place_of
 
     earlier = [scorecard, *(entry["rows"] for entry in known if entry["patch"] == patch)]
@@ -164,6 +163,9 @@ def _risk(manifest: Manifest) -> list[str]:
 
 def _own(cfg: Any, prompts: Path, field: str) -> list[str]:
     """The overrides that put prompts in the place of the risk's sets."""
+    from policypatch.files.atomic import file_sha256
+    from policypatch.files.cache import content_key
+
     if not prompts.is_file():
         raise PolicyPatchError(f"there is no file {prompts}")
     if "parts" in cfg.risk:
@@ -173,5 +175,5 @@ def _own(cfg: Any, prompts: Path, field: str) -> list[str]:
         raise PolicyPatchError(f"the risk {cfg.risk.name} has no sets to replace: give --set risk.prompts=FILE instead")
     own = f"{{_target_:policypatch.data.prompts.PromptSet,source:{quoted(prompts.absolute())},field:{quoted(field)}}}"
     # Called by what is in it: the history keeps figures of different prompts apart.
-    name = f"own_{file_sha256(prompts)[:6]}"
+    name = f"own_{content_key(prompts=file_sha256(prompts), field=field)[:6]}"
     return [*(f"risk.evaluation.{known}=null" for known in sets), f"+risk.evaluation.{name}={own}"]

@@ -110,13 +110,13 @@ def risk_overrides(risks: Sequence[str]) -> list[str]:
     return [f"risk=[{','.join(known)}]"] if len(known) > 1 else [f"risk={known_risk(risks)}"]
 
 
-def filters(cfg: Any, ready: Any) -> list[str]:
+def filter_judges(cfg: Any, ready: Any) -> list[str]:
     """The judges that chose training pairs, of any risk: they are marked, and speak only where no other does."""
     others = (judge for group in cfg.others.values() for judge in group.get("filter") or ())
     return sorted({*ready.filter_judges, *others})
 
 
-def measured_as(cfg: Any) -> Any:
+def evaluate_settings(cfg: Any) -> Any:
     """How much was measured, for a manifest: `policypatch audit` measures as much again."""
     from omegaconf import OmegaConf
 

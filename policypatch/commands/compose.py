@@ -18,9 +18,9 @@ from policypatch.commands.base import (
     Register,
     base_overrides,
     composed,
-    filters,
+    evaluate_settings,
+    filter_judges,
     known_risk,
-    measured_as,
     refuse_existing,
     stack_overrides,
 )
@@ -82,8 +82,8 @@ def compose(
         raise PolicyPatchError(
             f"{unseen[0]} is measured by nothing here, so its patch would be left out: say by --objective what counts"
         )
-    chose_pairs = filters(cfg, ready)
-    wanted = [search.asked(aim, probes, chose_pairs) for aim in aims or search.usual(risks, probes)]
+    chosen_by = filter_judges(cfg, ready)
+    wanted = [search.asked(aim, probes, chosen_by) for aim in aims or search.usual(risks, probes)]
     names = [str(one.aim) for one in wanted]
 
     def figures(candidate: Candidate | None, which: int) -> list[Measured]:
@@ -106,8 +106,10 @@ def compose(
     _show(names, table, bench, chosen.named(parts), by_hand.named(parts))
     if len(shown) > SHOWN:
         console.print(f"{len(shown) - SHOWN} more that no other beats are in the manifest", markup=False)
-    against = _compared(wanted, table[by_hand.named(parts)][1], table[chosen.named(parts)][1], bench)
-    for line in against if chosen != by_hand else ():
+    against: list[str] = []
+    if chosen != by_hand:
+        against = _compared(wanted, table[by_hand.named(parts)][1], table[chosen.named(parts)][1], bench)
+    for line in against:
         console.print(line, markup=False)
     found = {"objectives": names, "budget": budget, "seed": seed, "prompts": prompts}
     found |= {"order": [parts[i].manifest.name for i in chosen.order], "scales": list(chosen.scales)}
@@ -116,7 +118,9 @@ def compose(
     scaled = [Patch(s * parts[i].vectors, parts[i].manifest) for i, s in zip(chosen.order, chosen.scales, strict=True)]
     made = stack(scaled, name, version, alone=True)
     rows = _rows(wanted, table["base"][1], table[chosen.named(parts)][1], bench)
-    manifest = replace(made.manifest, training={"composition": found, "evaluate": measured_as(cfg)}, scorecard=rows)
+    manifest = replace(
+        made.manifest, training={"composition": found, "evaluate": evaluate_settings(cfg)}, scorecard=rows
+    )
     save(Patch(made.vectors, manifest), out)
     console.print(f"{out}: {chosen.named(parts)}, {made.manifest.length} vectors", markup=False)
 
@@ -168,8 +172,11 @@ def _compared(
     lines = []
     for one, theirs, ours in zip(wanted, by_hand, chosen, strict=True):
         arms = {"hand": [theirs], "chosen": [ours]}
-        row = rows_of(arms, one.aim.risk, one.probes[1].split, (), bench.settings)[-1]
-        told = f"{one.aim}: {row.value:.3g}, the best by hand {float(theirs.metric.compute()):.3g}"
+        rows = {row.arm: row for row in rows_of(arms, one.aim.risk, one.probes[1].split, (), bench.settings)}
+        if len(rows) < 2:  # one of them has no figure
+            continue
+        row = rows["chosen"]
+        told = f"{one.aim}: {row.value:.3g}, the best by hand {rows['hand'].value:.3g}"
         if row.delta is not None:
             ends = f"[{row.delta_low:+.2g}, {row.delta_high:+.2g}]"
             told += f"; difference {row.delta:+.2g} {ends}, p = {row.p_value:.2g}"

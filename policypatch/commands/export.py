@@ -50,7 +50,7 @@ def export(
     allow_mismatch: Annotated[list[str] | None, typer.Option(help="digest of the base that may differ")] = None,
 ) -> None:
     """Write a patch in a form that other software takes."""
-    from policypatch.patch import artifact
+    from policypatch.patch import artifact, signature
 
     refuse_existing(out)
     loaded = [artifact.load(folder, require_signature=key) for folder in patches]
@@ -60,8 +60,10 @@ def export(
         if to is Target.peft:
             from policypatch.patch.peft_layout import save_peft
 
+            signed = _signature(patches[0])
             save_peft(loaded[0], out)
-            _take_signature(patches[0], out)  # of the manifest, which goes along as it is
+            if signed:  # of the manifest, which goes along as it is
+                write_text(out / signature.SIGNATURE, signed)
         else:
             from policypatch.model.load import choose_dtype
             from policypatch.patch.prompt_embeds import save_embeds
@@ -91,13 +93,17 @@ def export(
     _say(words, out)
 
 
-def _take_signature(folder: Path, out: Path) -> None:
-    """The folder's signature, where it has one of its own: one that leads elsewhere is not read."""
-    from policypatch.patch import signature
+def _signature(folder: Path) -> str | None:
+    """The folder's signature, where it has one.
 
-    if has_own(folder, signature.SIGNATURE):
-        content = read_limited(folder / signature.SIGNATURE, signature.LIMIT)
-        write_text(out / signature.SIGNATURE, content.decode("utf-8", "replace"))
+    Raises:
+        PolicyPatchError: it is a link that leads elsewhere, or no signature by its size.
+    """
+    from policypatch.patch.signature import LIMIT, SIGNATURE
+
+    if not has_own(folder, SIGNATURE):
+        return None
+    return read_limited(folder / SIGNATURE, LIMIT).decode("utf-8", "replace")
 
 
 def _say(words: Words, out: Path) -> None:
@@ -129,13 +135,14 @@ def import_(
     risk: Annotated[list[str] | None, typer.Option(help="that it addresses; may be given several times")] = None,
 ) -> None:
     """Make a patch of PEFT's prompt-tuning files: lossless for what `export` wrote, bound to --model for any other."""
-    from policypatch.patch import artifact
+    from policypatch.patch import artifact, signature
     from policypatch.patch.lineage import now, packages
     from policypatch.patch.manifest import Manifest
     from policypatch.patch.peft_layout import load_peft
 
     refuse_existing(out)
     vectors, base_name, manifest = load_peft(folder)
+    signed = _signature(folder)
     if manifest is not None and model is not None:
         artifact.check_base(manifest, base_of(model).identity, (), str(folder))
     if manifest is None:
@@ -160,6 +167,6 @@ def import_(
     told: dict[str, Any] = {"name": name, "version": version, "risks": risk}
     told = {key: value for key, value in told.items() if value is not None}
     artifact.save(artifact.Patch(vectors, replace(manifest, **told)), out)
-    if not told:
-        _take_signature(folder, out)
+    if signed and not told:
+        write_text(out / signature.SIGNATURE, signed)
     console.print(f"{out}: {manifest.name} {manifest.version}, {manifest.length} vectors", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from policypatch.commands.base import (
     base_of,
     base_overrides,
     composed,
-    filters,
-    measured_as,
+    evaluate_settings,
+    filter_judges,
     quoted,
     refuse_existing,
     risk_overrides,
@@ -73,8 +74,8 @@ def rebase(
         ways[TUNED] = _tuned(ways[MAPPED], work, risk, new, share, list(setting or []))
     card, evaluate = _measured(ways, work, risk, new, list(setting or []))
     kept = _best(card, list(ways), given.manifest.risks)
-    lost = _say(card, list(ways), kept, given.manifest.scorecard)
-    told |= {"kept": kept, "share": share, "set": list(setting or []), "lost": lost}
+    told |= {"figures": _say(card, list(ways), kept, given.manifest.scorecard)}
+    told |= {"kept": kept, "share": share, "set": list(setting or [])}
     card.sort(key=lambda row: row["arm"] == kept)  # the last arm is the one that a scorecard is about
     manifest = replace(ways[kept].manifest, scorecard=card, training={"rebase": told, "evaluate": evaluate})
     save(replace(ways[kept], manifest=manifest), out)
@@ -129,12 +130,11 @@ def _measured(
     from policypatch.model.arm import Arm
     from policypatch.prepare import prepare
 
-    length = len(next(iter(ways.values())).vectors)
-    cfg = composed([*risk, *base_overrides(model), "method=none", f"patch.length={length}", "logger=csv", *setting])
-    ready = prepare(cfg, length)
+    cfg = composed([*risk, *base_overrides(model), "method=none", "logger=csv", *setting])
+    ready = prepare(cfg, len(next(iter(ways.values())).vectors))
     arms = [Arm("base"), *(Arm(name, vectors=way.vectors) for name, way in ways.items())]
-    card = evaluate_arms(ready.bench(cfg), [*ready.own, *ready.others], [], filters(cfg, ready), arms, work)
-    return [asdict(row) for row in card], measured_as(cfg)
+    card = evaluate_arms(ready.bench(cfg), [*ready.own, *ready.others], [], filter_judges(cfg, ready), arms, work)
+    return [asdict(row) for row in card], evaluate_settings(cfg)
 
 
 def _best(card: Sequence[Mapping[str, Any]], ways: Sequence[str], risks: Sequence[str]) -> str:
@@ -152,7 +152,10 @@ def _best(card: Sequence[Mapping[str, Any]], ways: Sequence[str], risks: Sequenc
     fluency = next((line for group in groups_of(card) for line in group.lines if line.metric == "ppl_median"), None)
 
     def rank(way: str) -> tuple[bool, float]:
-        ruined = fluency is not None and fluency.cells[way]["value"] > LESS_FLUENT * fluency.cells["base"]["value"]
+        ruined = False
+        if fluency is not None and "base" in fluency.cells:  # no figure at all: nothing was written
+            value = fluency.cells[way]["value"] if way in fluency.cells else math.inf
+            ruined = value > LESS_FLUENT * fluency.cells["base"]["value"]
         return ruined, sum(line.cells[way]["value"] / (line.cells["base"]["value"] or 1) for line in lines)
 
     return min(ways, key=rank)
@@ -168,12 +171,12 @@ def _say(
     assert line is not None
     what = f"{line.metric}" + (f" by {line.judge}" if line.judge else "")
     base = line.cells["base"]["value"]
-    lost = {"figure": what, "base": base, "ways": {way: line.cells[way]["value"] for way in ways}}
+    figures = {"of": what, "base": base, "ways": {way: line.cells[way]["value"] for way in ways}}
     for way in ways:
         mark = " *" if way == kept else ""
         console.print(f"{what}, {way}: {base:.3g} -> {line.cells[way]['value']:.3g}{mark}", markup=False)
     same = {r["arm"]: r["value"] for r in was if (r["metric"], r.get("judge")) == (line.metric, line.judge)}
     if was and (arm := final_arm(was)) in same and "base" in same:
         console.print(f"{what}, on its own base: {same['base']:.3g} -> {same[arm]:.3g}", markup=False)
-        lost["on_its_own_base"] = [same["base"], same[arm]]
-    return lost
+        figures["on_its_own_base"] = [same["base"], same[arm]]
+    return figures

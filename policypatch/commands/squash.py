@@ -15,9 +15,9 @@ from policypatch.commands.base import (
     Register,
     base_overrides,
     composed,
-    filters,
+    evaluate_settings,
+    filter_judges,
     known_risk,
-    measured_as,
     refuse_existing,
     stack_overrides,
 )
@@ -95,9 +95,9 @@ def squash(
     )
     vectors = squashed(ready.base, stack, length, rows, cfg.sft, cfg.trainer, work, seed, cfg.row_tokens)
     arms = [Arm("base"), Arm("stack", vectors=stack), Arm(ARM, vectors=vectors)]
-    probes, chose_pairs = [*ready.own, *ready.others], filters(cfg, ready)
-    card = [asdict(row) for row in evaluate_arms(ready.bench(cfg), probes, [], chose_pairs, arms, work)]
-    training = {"squash": about | {"rows": len(rows)}, "evaluate": measured_as(cfg)}
+    probes, chosen_by = [*ready.own, *ready.others], filter_judges(cfg, ready)
+    card = [asdict(row) for row in evaluate_arms(ready.bench(cfg), probes, [], chosen_by, arms, work)]
+    training = {"squash": about | {"rows": len(rows)}, "evaluate": evaluate_settings(cfg)}
     name = name or f"{whole.manifest.name}-squashed"
     save(derived(whole, vectors, name=name, version=version, training=training, scorecard=card), out)
     Console().print(scorecard_table(card, cfg.evaluate.level))

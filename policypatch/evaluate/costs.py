@@ -27,7 +27,7 @@ class Training:
 
     Attributes:
         seconds: of both together.
-        device_seconds: the same for every device that was busy meanwhile.
+        device_seconds: the same, summed over devices.
         peak_bytes: most memory of the process (of the GPU, where there is one) at any time of it.
     """
 

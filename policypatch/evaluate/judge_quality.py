@@ -23,6 +23,8 @@ from policypatch.evaluate.judges.base import Judge
 from policypatch.evaluate.statistics import clopper_pearson
 from policypatch.files.atomic import read_jsonl
 from policypatch.files.sources import fetch
+from policypatch.model.judging import AT_ONCE
+from policypatch.progress import track
 
 MEAN = "mean"
 """Name of the row for the mean of all judges' scores."""
@@ -86,12 +88,23 @@ def auc_table(
         raise PolicyPatchError(
             f"auc_table: an AUC needs both classes; {int(positive.sum())} of {len(positive)} are positive"
         )
-    scores = {judge.name: judge.score(texts, prompts) for judge in judges}
+    scores = {judge.name: _asked(judge, texts, prompts) for judge in judges}
     if len(scores) != len(judges):
         raise PolicyPatchError("auc_table: two judges have the same name")
     if mean and len(judges) > 1:
         scores[MEAN] = np.mean(list(scores.values()), axis=0)
     return [_quality(name, values, positive, inverted, level, resamples, seed) for name, values in scores.items()]
+
+
+def _asked(judge: Judge, texts: Sequence[str], prompts: Sequence[str] | None = None) -> np.ndarray:
+    """(N,) scores, with a progress bar."""
+    found = []
+    with track(f"judging by {judge.name}", len(texts)) as advance:
+        for start in range(0, len(texts), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            found.append(judge.score(texts[part], None if prompts is None else prompts[part]))
+            advance(len(found[-1]))
+    return np.concatenate(found)
 
 
 def _quality(
@@ -124,7 +137,7 @@ class RankAgreement:
 def rank_table(judges: Sequence[Judge], texts: Sequence[str], scores: ArrayLike) -> list[RankAgreement]:
     """Spearman's rank correlation of each judge with `scores` (N,), where no labels and so no AUC exist."""
     given = np.asarray(scores, dtype=np.float64)
-    return [RankAgreement(j.name, len(texts), float(spearmanr(j.score(texts), given).statistic)) for j in judges]
+    return [RankAgreement(j.name, len(texts), float(spearmanr(_asked(j, texts), given).statistic)) for j in judges]
 
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:

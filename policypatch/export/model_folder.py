@@ -15,7 +15,7 @@ from policypatch.export.words import NONE, Words, with_patches, words_of
 from policypatch.files.atomic import atomic_folder, write_json
 from policypatch.model.backbone import plain_logits
 from policypatch.model.base import Base
-from policypatch.model.load import OWN_CODE
+from policypatch.model.load import NO_CODE
 from policypatch.patch.artifact import Patch, check_base
 
 ABOUT = "policypatch.json"  # what the folder was made of
@@ -136,8 +136,8 @@ def _check(
     folder: Path, dtype: torch.dtype, words: Words, before: dict[str, Tensor], chats: list[str], size: int
 ) -> None:
     """Refuse a folder that does not do what the base behind the vectors does."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **OWN_CODE).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_CODE)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **NO_CODE).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     for stack, expected in before.items():
         text, names = words.text(stack), words.names(stack)
         ids = tokenizer(text, add_special_tokens=False).input_ids if text else []

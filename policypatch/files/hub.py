@@ -63,8 +63,10 @@ def _bar(repo: str) -> Any:
 
     class Lines(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # Others count files, or bytes as they go over the wire.
+            counts = kwargs.get("unit") == "B" and not str(kwargs.get("name", "")).endswith(".transfer")
             super().__init__(*args, **{**kwargs, "disable": True})
-            self.lines = ByteLines(repo) if kwargs.get("unit") == "B" else None  # others count files
+            self.lines = ByteLines(repo, kwargs.get("initial") or 0) if counts else None
 
         def update(self, n: float | None = 1) -> None:
             self.n += n or 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -83,7 +84,7 @@ def judged_in_batches(
         prompts: (N,) what each text answers.
         k: completions a prompt, for the words of an error.
         batches: numbers of the texts that it is asked about at once.
-        of: texts that this process has judged, earlier attempts counted in.
+        of: texts in the end, those of earlier attempts counted in: what `MOST_FAILED` is a share of.
 
     Raises:
         PolicyPatchError: the judge raised one itself (which says what to do), gave another number of scores or one
@@ -101,7 +102,7 @@ def judged_in_batches(
             try:
                 given = judge.score(texts[part], prompts[part])
             except PolicyPatchError as error:
-                if len(rows) == len(texts):
+                if len(rows) == len(texts) or not re.search(r"\btext \d+\b", str(error)):
                     raise
                 raise PolicyPatchError(f"{error} (counted from {_place(rows.start, k)} on)") from error
             except Exception as error:  # whatever a user's judge, or a library below it, raises

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 # Said aloud: left out, transformers asks on a terminal whether to run the code of a model's folder.
-OWN_CODE = {"trust_remote_code": False}
+NO_CODE = {"trust_remote_code": False}
 
 
 def load_base(cfg: DictConfig, key: str = "model", sharded: bool = False) -> Base:
@@ -61,9 +61,9 @@ def _loaded(cfg: DictConfig, key: str, shared_out: bool) -> Base:
         raise PolicyPatchError(f"{key}.quantize is {cfg.quantize!r}: choose null or 4bit")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **options, **OWN_CODE
+            folder, use_safetensors=True, output_loading_info=True, **options, **NO_CODE
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except UNREADABLE as error:
         raise PolicyPatchError(
             f"{key}: {folder} does not load as a causal LM with safetensors weights: {error}"
@@ -135,15 +135,15 @@ def _from_gguf(path: Path, known: dict[str, Any]) -> Path:
 
     def build(folder: Path) -> None:
         log.info("de-quantising %s", path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **OWN_CODE)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **OWN_CODE)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **NO_CODE)
         # What was read is a plain float32 model; the marks of the file format would make it refuse to be saved.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        AutoConfig.from_pretrained(folder, **OWN_CODE)
+        AutoConfig.from_pretrained(folder, **NO_CODE)
 
     about = {
         "file": known,

@@ -175,14 +175,14 @@ class Engine:
                 self.round()
             except Exception:  # whatever it was, its requests are told and the others go on
                 log.exception("a round failed; %d requests end", len(self.running))
-                while self.running:
-                    last = self.running[-1].job
-                    try:
+                try:
+                    while self.running:
                         self._end(len(self.running) - 1, "error")
-                    except Exception:  # a device that failed fails in clearing up as well
-                        log.exception("a slot could not be given back")
-                        self.running = [row for row in self.running if row.job is not last]
-                        self._tell(last, "", "error")
+                except Exception:  # a device that failed fails in clearing up as well: nobody is to wait for it
+                    log.exception("nor could their slots be given back: the server answers no more")
+                    for job in [*(row.job for row in self.running), *self.queue]:
+                        self._tell(job, "", "error")
+                    return
 
     def round(self) -> None:
         """Let requests in, and write one token for each that is there."""

@@ -15,11 +15,10 @@ from policypatch.files.atomic import read_json, write_json
 from policypatch.train.memory import Peak, peak_from_now
 
 COST = "cost.json"  # beside a stage's checkpoints
-FIGURES = ("seconds", "device_seconds", "peak_bytes")
 
 
 class Cost(Callback):
-    """Seconds of training, the same for every device that took part, and the most memory held in it.
+    """Seconds of training, the same summed over devices, and the most memory held in it.
 
     Args:
         device: where it is trained.
@@ -55,7 +54,7 @@ class Cost(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint that an attempt goes on from."""
-        self.seconds, self.device_seconds, self.most = (state[name] for name in FIGURES)
+        self.seconds, self.device_seconds, self.most = figures_of(state)
 
     def save(self, folder: Path) -> None:
         """Write the figures beside the checkpoints."""
@@ -70,5 +69,10 @@ def stage_cost(folder: Path, stage: str) -> tuple[float, float, int]:
         stage: its name.
     """
     path = folder / "checkpoints" / stage / COST
-    seconds, device_seconds, peak = (read_json(path)[name] for name in FIGURES) if path.is_file() else (0.0, 0.0, 0)
-    return float(seconds), float(device_seconds), int(peak)
+    return figures_of(read_json(path)) if path.is_file() else (0.0, 0.0, 0)
+
+
+def figures_of(state: dict[str, Any]) -> tuple[float, float, int]:
+    """Seconds, those of all devices together, peak bytes; of before there were the second, one device's."""
+    seconds = float(state["seconds"])
+    return seconds, float(state.get("device_seconds", seconds)), int(state["peak_bytes"])

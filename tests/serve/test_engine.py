@@ -213,6 +213,22 @@ def test_a_thread_that_died_is_known(engine: Engine, monkeypatch):
         engine.submit(job())
 
 
+def test_who_waits_is_told_when_a_device_fails_for_good(engine: Engine, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(engine.slots, "step", fails)
+    monkeypatch.setattr(engine.slots, "leave", fails)
+    jobs = [job(number) for number in range(engine.slots.rows + 2)]  # two more than are let in
+    for each in jobs:
+        engine.submit(each)
+    engine.start()
+    engine._thread.join(60)
+    assert not engine.alive and [each.tell.why for each in jobs] == ["error"] * len(jobs)
+    with pytest.raises(BusyError, match="has failed"):
+        engine.submit(job())
+
+
 def test_stacks_that_are_kept_take_bounded_room(engine: Engine):
     engine.roots.room = 10
     for stack in (*STACKS, *STACKS):
