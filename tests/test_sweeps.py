@@ -84,7 +84,7 @@ def test_a_sweep_of_six_makes_its_pairs_once(cli, tmp_path: Path):
     made = {kind: sum(record["cache"].get(kind, NOTHING)["misses"] for record in records) for kind in COUNTED}
     assert made["reference"] == 1
     assert made["completions"] == 1 + 1 + 3 + 6  # pairs, base, sft of each length, patch of each run
-    assert made["judgements"] == 1 + 2 * (1 + 1 + 3 + 6)  # pairs by the filter; the prompts and all samples by two judges
+    assert made["judgements"] == 1 + 2 * (1 + 1 + 3 + 6)  # pairs by the filter; prompts and samples by two judges
     comparison = tmp_path / "outputs" / "tiny"
     assert {f"compare.{kind}" for kind in ("html", "csv", "md")} <= {path.name for path in comparison.iterdir()}
     assert "6 of 6 runs finished" in done.stdout and "pairs 1 made 5 found" in done.stdout
