@@ -138,8 +138,7 @@ def _make(folder: Path, build: Callable[[Path], None], about: Mapping[str, Any] 
     with atomic_folder(folder) as temporary:
         build(temporary)
         _describe(temporary, folder.parent.name, folder.name, about)
-    for path in begun_of(folder) if ranks.first() else ():
-        path.unlink()
+    _clear_begun(folder)
 
 
 def _seen(folder: Path) -> None:
@@ -177,9 +176,16 @@ def _hit(folder: Path) -> Path:
     kind = folder.parent.name
     log.info("cache hit %s/%s", kind, folder.name)
     _count(kind, "hits")
-    with suppress(OSError):  # the time of last use, for clean(older_than_days); a shared cache may refuse
-        os.utime(folder / ABOUT)
+    with suppress(OSError):  # a shared cache may refuse
+        os.utime(folder / ABOUT)  # the time of last use, for clean(older_than_days)
+        _clear_begun(folder)  # of a run that was killed between the last rename and this
     return folder
+
+
+def _clear_begun(folder: Path) -> None:
+    """Remove the journals of an entry that is whole."""
+    for path in begun_of(folder) if ranks.first() else ():
+        path.unlink(missing_ok=True)
 
 
 def _describe(folder: Path, kind: str, key: str, about: Mapping[str, Any] | None) -> None:

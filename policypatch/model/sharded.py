@@ -5,6 +5,9 @@ as each other, whatever they run it on. They do not by themselves: one has longe
 texts beside it. Hence a rank that has come to a place where it waits for the others takes part in their forwards with a
 token of its own until they wait as well (`Lockstep.wait`), and before the backward pass those that had fewer forwards
 make up for them (`Lockstep.levelled`).
+
+FSDP2's own `fully_shard`, not Lightning's strategies for it: a base is decoded from before and after the stages, where
+no trainer is, and to Lightning, which sees the patch alone, a stage is DDP's.
 """
 
 from __future__ import annotations

@@ -70,6 +70,15 @@ def test_one_whose_last_batch_was_finished_needs_no_getting_ready(monkeypatch):
     assert get(again).shape == (10, 2) and again.ready == 0
 
 
+def test_a_journal_that_a_kill_left_beside_its_entry_goes_with_the_next_use():
+    get(Maker())
+    folder = cache_root() / "numbers" / content_key(**ABOUT, rows=10)
+    left = folder.with_name(f".begun-{folder.name}-0-10")
+    left.write_text("")
+    get(Maker())
+    assert not left.exists() and folder.is_dir()
+
+
 def test_no_rows():
     assert get(Maker(), rows=0).shape == (0, 2)
 
