@@ -84,11 +84,9 @@ def read_record(folder: Path) -> Record:
     settings, given = settings_of(folder), _given(folder)
     if (folder / FAILED).is_file():
         note = read_json(folder / FAILED)
-        told = [
-            note.get("error") if "traceback" in note else None,
-            note.get("message"),
-        ]  # a sentence says it all itself
-        return Record(folder, settings, [], {}, ": ".join(str(part) for part in told if part) or "failed", given)
+        kind = [note.get("error")] if "traceback" in note else []  # a foreseen one says it all in its sentence
+        told = ": ".join(str(part) for part in (*kind, note.get("message")) if part)
+        return Record(folder, settings, [], {}, told or str(note.get("error")), given)
     if not ((folder / "scorecard.json").is_file() and (folder / "run.json").is_file()):
         return Record(folder, settings, [], {}, UNFINISHED, given)
     rows, run = read_json(folder / "scorecard.json"), read_json(folder / "run.json")
