@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from policypatch.errors import PolicyPatchError
+    from policypatch.errors import ForeignFolder, PolicyPatchError
 
     hydra_cfg = HydraConfig.get()
     about = cfg, Path(hydra_cfg.runtime.output_dir), hydra_cfg.job.override_dirname, list(hydra_cfg.overrides.task)
@@ -34,10 +34,16 @@ def main(cfg: DictConfig) -> None:
 
         return job(*about, log_config, hydra_cfg.launcher.get("n_jobs", 1))
     from policypatch.launch import start
+    from policypatch.report.records import FAILED
+    from policypatch.sweep import note_failure
 
     try:
         start(*about, log_config)
-    except PolicyPatchError as error:
+    except Exception as error:
+        if not isinstance(error, ForeignFolder):
+            note_failure(about[1] / FAILED, error)
+        if not isinstance(error, PolicyPatchError):
+            raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
 
@@ -69,4 +75,9 @@ def prepare() -> None:
 if __name__ == "__main__":
     logging.raiseExceptions = False  # a full disk is told once, by whoever wants to keep something, not for every line
     prepare()
-    main()
+    try:
+        main()
+    finally:
+        from policypatch.sweep import compare_what_is_left
+
+        compare_what_is_left()

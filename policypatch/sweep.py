@@ -13,10 +13,9 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
-from rich.console import Console
 
 from policypatch.errors import ForeignFolder, PolicyPatchError
-from policypatch.files.atomic import read_json, write_json, write_text
+from policypatch.files.atomic import write_json, write_text
 from policypatch.report.records import FAILED, REFUSED
 
 log = logging.getLogger(__name__)
@@ -55,19 +54,29 @@ def job(
     except Exception as error:
         known = isinstance(error, PolicyPatchError)  # one sentence says it all; anything else needs its traceback
         log.error("%s failed: %s", overrides or folder.name, error, exc_info=None if known else error)
-        note = {"error": type(error).__name__, "message": str(error)}
-        # The run that stands in the folder is another one, and as good as it was.
-        name = REFUSED if isinstance(error, ForeignFolder) else FAILED
-        note |= {} if known else {"traceback": traceback.format_exc()}
-        try:
-            write_json(folder / name, note)
-        except OSError as full:
-            log.error("%s cannot be written: %s", folder / name, full.strerror)  # that the job failed is told
+        # The run that stands in the folder may be another one, and as good as it was.
+        note_failure(folder / (REFUSED if isinstance(error, ForeignFolder) else FAILED), error)
     finally:
         torch.set_num_threads(threads)
         gc.collect()  # a trainer and its module hold each other, and with them the base
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def note_failure(path: Path, error: Exception) -> None:
+    """Write down what a run failed of, for the comparison; that it failed is told without."""
+    note = {"error": type(error).__name__, "message": str(error)}
+    note |= {} if isinstance(error, PolicyPatchError) else {"traceback": "".join(traceback.format_exception(error))}
+    try:
+        write_json(path, note)
+    except OSError as full:
+        log.error("%s cannot be written: %s", path, full.strerror)
+
+
+def compare_what_is_left() -> None:
+    """Compare the jobs of a sweep that ended before its end, as where a job's process was killed; nothing otherwise."""
+    if (listed := os.environ.get(LIST)) and Path(listed).stat().st_size:
+        CompareAtEnd().compare(Path(listed).parent)
 
 
 class CompareAtEnd(Callback):
@@ -84,27 +93,23 @@ class CompareAtEnd(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Compare what there is."""
+        self.compare(Path(config.hydra.sweep.dir))
+
+    def compare(self, folder: Path) -> None:
+        """The jobs of the sweep in this folder, side by side."""
         from policypatch.report.compare import compare, say
 
-        folder = Path(config.hydra.sweep.dir)
         jobs = [Path(line) for line in Path(os.environ.pop(LIST)).read_text("utf-8").splitlines()]
-        refused = [job for job in jobs if (job / REFUSED).is_file()]
-        for job in refused:
-            Console(soft_wrap=True).print(f"refused: {job.name}: {_refusal(job)}", markup=False, highlight=False)
         try:
-            comparison = compare([job for job in jobs if job not in refused] or [folder], folder)
+            comparison = compare(jobs or [folder], folder)
         except PolicyPatchError as error:
             sys.exit(f"error: {error}")
         except Exception:  # Hydra would make a warning of it, and the sweep would look well
             log.exception("the comparison failed")
             sys.exit(1)
+        finally:
+            for job in jobs:  # the run that stands there is another one, and as good as it was
+                (job / REFUSED).unlink(missing_ok=True)
         say(comparison, folder)
-        if comparison.failed or refused:
+        if comparison.failed:
             sys.exit(1)
-
-
-def _refusal(folder: Path) -> str:
-    """Why a job was refused; the note goes with it."""
-    message = str(read_json(folder / REFUSED).get("message"))
-    (folder / REFUSED).unlink()
-    return message

@@ -10,6 +10,7 @@ import pytest
 from tiny_run import ROOT, overrides
 
 from policypatch.evaluate.scorecard import Scorecard
+from policypatch.sweep import LIST, compare_what_is_left
 
 COUNTED = ("pairs", "reference", "completions", "judgements")
 NOTHING = {"hits": 0, "misses": 0}
@@ -57,6 +58,8 @@ def test_what_only_the_base_can_tell_ends_in_one_sentence(cli, tmp_path: Path):
 
 def test_a_missing_file_ends_in_one_sentence(cli, tmp_path: Path):
     is_one_sentence(cli(**{"model.path": "/nope"}), tmp_path, "model.path", "/nope")
+    (note,) = tmp_path.rglob("failed.json")  # for `policypatch compare`
+    assert "/nope" in json.loads(note.read_text())["message"]
 
 
 @pytest.mark.slow
@@ -101,6 +104,22 @@ def test_a_job_that_fails_does_not_end_the_sweep_and_is_seen(cli, tmp_path: Path
     assert (folder / "patch.length=2" / "report.html").is_file()
     assert "failed: patch.length=500: patch.length is 500" in done.stdout and "Traceback" not in done.stderr
     assert "patch.length is 500" in (folder / "compare.html").read_text()
+
+
+def test_a_sweep_whose_launcher_was_killed_is_compared_as_far_as_it_came(tmp_path: Path, monkeypatch, capsys):
+    jobs = [tmp_path / "done", tmp_path / "killed"]
+    for number, job in enumerate(jobs):
+        job.mkdir()
+        (job / "config.yaml").write_text(f"patch: {{length: {number}}}")
+    (jobs[0] / "scorecard.json").write_text("[]")
+    (jobs[0] / "run.json").write_text("{}")
+    (tmp_path / ".jobs").write_text("".join(f"{job}\n" for job in jobs))
+    monkeypatch.setenv(LIST, str(tmp_path / ".jobs"))
+    with pytest.raises(SystemExit):
+        compare_what_is_left()
+    assert "1 of 2 runs finished" in capsys.readouterr().out and (tmp_path / "compare.html").is_file()
+    assert LIST not in os.environ
+    compare_what_is_left()  # nothing is left
 
 
 @pytest.mark.slow

@@ -34,12 +34,12 @@ class _Bar:
 def panels(found: Comparison) -> list[Panel]:
     """Every figure that suits: a metric against a number, bars for a choice, the frontier, sizes and times."""
     base = found.bases[0] if len(found.bases) == 1 else None  # of several models none is everyone's
-    lines = [line for line in found.settings if line.arm != "base"]
-    keys = [key for key in found.keys if key != "seed"]
+    lines = [line for line in found.drawn if line.arm != "base"]
+    keys = [key for key in found.keys if key != "seed"] or ["seed"]
     shown = _figures_of(found, lines)
     if len(lines) < 2 or not shown:
         return []
-    numeric = [key for key in keys if _is_axis([line.values.get(key) for line in lines])]
+    numeric = [key for key in keys if key != "seed" and _is_axis([line.values.get(key) for line in lines])]
     drawn: list[Panel] = []
     for key in numeric:
         rest = [k for k in keys if k != key]

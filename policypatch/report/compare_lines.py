@@ -90,6 +90,11 @@ class Comparison:
         return [*(self.over_seeds or [line for line in self.lines if line.records])]
 
     @property
+    def drawn(self) -> list[Line]:
+        """What figures show: one line for each setting, or each seed where runs differ in nothing else."""
+        return [line for line in self.lines if line.records] if [*self.keys] == ["seed"] else self.settings
+
+    @property
     def failed(self) -> list[Record]:
         """Runs without a scorecard."""
         return [record for record in self.records if not record.finished]

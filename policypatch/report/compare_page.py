@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ def page(found: Comparison, rivals: Sequence[Sequence[str]], panels: Sequence[Pa
     functions = {"cell_text": cell_text, "effect": _effect, "sort_value": _sort_value}
     return render(
         "compare.html",
-        {"value_text": value_text, "short": short, "heading": heading},
+        {"value_text": value_text, "short": short, "heading": heading, "first_number": _first_number},
         functions | {"report_of": partial(_report_of, out.resolve())},
         title=f"Comparison: {out.resolve().name}",
         found=found,
@@ -64,6 +65,12 @@ def _effect(line: Line, column: Column) -> str:
     base = next((r for r in record.rows if r["arm"] == "base" and Column.of(r) == column), None)
     effect = effect_of(row, base, record.settings.get("evaluate.level") or LEVEL)
     return effect if effect in ("better", "worse") else ""
+
+
+def _first_number(cell: str) -> str:
+    """What a cell of words is sorted by; the empty string stands last."""
+    found = re.search(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?", cell)
+    return found.group() if found else ""
 
 
 def _sort_value(value: Any) -> str:

@@ -63,7 +63,8 @@ def tables(found: Comparison) -> list[Table]:
     if found.costs:
         note = (
             "Times are ratios to the base, timed in turn, with the quartiles of the pairs; arms of one shape share "
-            "them. Seconds and memory are those of the two stages; on a CPU memory is the whole process's."
+            "them, and a teacher, which is another model or chooses among samples, has none. Seconds and memory are "
+            "those of the two stages; on a CPU memory is the whole process's."
         )
         costly = [line for line in found.settings if any(column in line.cells for column in found.costs)]
         made.append(Table("Costs", "runs", seedless, costly, _ordered(found.costs), note))

@@ -82,6 +82,8 @@ def _run_folders(folder: Path) -> Iterator[Path]:
 def read_record(folder: Path) -> Record:
     """One run's folder."""
     settings, given = settings_of(folder), _given(folder)
+    if (folder / REFUSED).is_file():  # what else is there is another run's
+        return Record(folder, settings, [], {}, f"refused: {read_json(folder / REFUSED).get('message')}", given)
     if (folder / FAILED).is_file():
         note = read_json(folder / FAILED)
         kind = [note.get("error")] if "traceback" in note else []  # a foreseen one says it all in its sentence

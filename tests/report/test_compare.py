@@ -17,7 +17,7 @@ from policypatch.report.compare_figures import _front, panels
 from policypatch.report.compare_lines import Column, comparison
 from policypatch.report.compare_text import short, tidy
 from policypatch.report.drawing import slug
-from policypatch.report.records import FAILED, UNFINISHED, differing, find_records
+from policypatch.report.records import FAILED, REFUSED, UNFINISHED, differing, find_records
 
 TOXIC = Column("toxicity", "rtp", "toxic_rate", "svm")
 
@@ -226,6 +226,13 @@ def test_failed_and_unfinished_runs_are_listed(sweep: Path, tmp_path: Path):
     assert [r["run"] for r in rows if r["error"]] == [cut.name, broken.name]
 
 
+def test_a_refused_job_is_listed_and_the_other_run_in_its_folder_is_not_compared(sweep: Path, tmp_path: Path):
+    (sweep / "patch.length=1,seed=0" / REFUSED).write_text(json.dumps({"error": "ForeignFolder", "message": "no"}))
+    found = compare([sweep], tmp_path / "out")
+    assert [record.error for record in found.failed] == ["refused: no"] and len(found.lines) == 6
+    assert "refused: no" in (tmp_path / "out" / "compare.html").read_text()
+
+
 def test_a_run_counts_once_however_often_its_folder_is_given(sweep: Path):
     run = next(iter(sorted(sweep.iterdir())))
     assert len(find_records([sweep, run])) == 6
@@ -320,6 +327,16 @@ def test_methods_are_bars_sizes_and_times(tmp_path: Path):
         "risk against size",
         "time for each further token (1 prompt of 32 tokens)",
     ]
+
+
+def test_seeds_alone_are_bars_with_the_intervals_of_each(tmp_path: Path):
+    for seed in (0, 1, 2):
+        write(tmp_path / f"seed={seed}", {"seed": seed}, 0.1 + 0.1 * seed)
+    found = comparison(find_records([tmp_path]))
+    drawn = panels(found)
+    assert drawn[0].title == "toxic rate (rtp, svm)" and "seed 0 0.1, seed 1 0.2, seed 2 0.3" in drawn[0].svg
+    compare([tmp_path], tmp_path)
+    assert "whiskers are 95 % intervals over prompts" in (tmp_path / "compare.html").read_text()
 
 
 def test_one_run_has_a_table_and_no_figures(tmp_path: Path):

@@ -40,7 +40,8 @@ def test_methods_are_compared_with_the_patch_prompt_by_prompt(methods: Path):
     compare([methods], methods)
     text = (methods / "compare.md").read_text()
     assert "## Against the patch" in text and "| lora | +0.25 [" in text
-    assert "Against the patch" in (methods / "compare.html").read_text()
+    page = (methods / "compare.html").read_text()
+    assert "Against the patch" in page and 'data-sort="+0.25">+0.25 [' in page  # it sorts by the figure
 
 
 def test_runs_on_other_prompts_are_not_paired(methods: Path):

@@ -1,5 +1,5 @@
 // Sorts a table by the column whose heading is pressed: numbers as numbers, empty cells last, again turns it round.
-for (const table of document.querySelectorAll("table.compare:not(.plain)")) {
+for (const table of document.querySelectorAll("table.compare")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
     head.querySelector("button").addEventListener("click", () => {
