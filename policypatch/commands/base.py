@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
 
 from policypatch.errors import PolicyPatchError
 from policypatch.home import CONF
+
+if TYPE_CHECKING:
+    from policypatch.model.base import Base
+    from policypatch.patch.artifact import Patch
 
 MODEL = "base: a folder, a GGUF file, a hub id, or a name of conf/model/"
 
@@ -48,6 +54,15 @@ def refuse_existing(out: Path) -> None:
     """Refuse to write over what is there."""
     if out.exists():
         raise PolicyPatchError(f"{out} exists: choose another --out")
+
+
+def tell_odd_norms(patches: Sequence[Patch], base: Base) -> None:
+    """Warn of patches whose vectors are far longer or shorter than the base's embeddings."""
+    from policypatch.patch.artifact import far_out
+
+    for patch in patches:
+        if odd := far_out(patch.vectors, base.embedding):
+            Console(soft_wrap=True, highlight=False).print(f"! {patch.manifest.name}: {odd}", markup=False)
 
 
 def base_of(model: str, dtype: str = "auto") -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from policypatch.commands.base import MODEL, Register, base_of, model_config, refuse_existing
+from policypatch.commands.base import MODEL, Register, base_of, model_config, refuse_existing, tell_odd_norms
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import has_own, read_limited, write_text
 
@@ -77,6 +77,7 @@ def export(
         raise PolicyPatchError(f"--to {to} makes a copy of the base: give it as --model")
     artifact.check_names(allow_mismatch or ())
     base = base_of(model, dtype)
+    tell_odd_norms(loaded, base)
     if to is Target.tokens:
         from policypatch.export.model_folder import export_tokens
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from policypatch.commands.base import MODEL, Register, base_of
+from policypatch.commands.base import MODEL, Register, base_of, tell_odd_norms
 from policypatch.errors import PolicyPatchError
 
 console = Console(soft_wrap=True, highlight=False)
@@ -63,12 +63,12 @@ def serve(
     base = base_of(model, dtype)
     for each in loaded:
         artifact.check_base(each.manifest, base.identity, allow_mismatch or (), each.manifest.name, base.width)
-        if odd := artifact.far_out(each.vectors, base.embedding):
-            console.print(f"! {each.manifest.name}: {odd}", markup=False)
+    tell_odd_norms(loaded, base)
     engine = Engine(base, {each.manifest.name: each.vectors for each in loaded}, rows, context, waiting)
     served = Served(engine, {each.manifest.name: each.manifest for each in loaded}, secret)
     anyone = not _is_loopback(host) and not name  # a key is asked for, so that other sites' pages get nothing
-    app = create_app(served, ["*"] if anyone else [*LOOPBACK, *(name or ())])
+    own = f"[{host}]" if ":" in host else host
+    app = create_app(served, ["*"] if anyone else [*LOOPBACK, own, *(name or ())])
     console.print(f"models: {', '.join(served.models())}", markup=False)
     uvicorn.run(
         app, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=10, server_header=False

@@ -12,6 +12,7 @@ whatever builds on them goes on working, and another stack needs no other cache 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -133,34 +134,32 @@ def _install(model: PreTrainedModel) -> None:
 
 
 def _stack(model: PreTrainedModel, state: Applied, patches: Sequence[Tensor] | None) -> Stack | None:
-    return _computed(model, state, torch.cat([v.float().cpu() for v in patches])) if patches else None
+    return _computed(decoder_of(model), state, torch.cat([v.float().cpu() for v in patches])) if patches else None
 
 
 @torch.no_grad()
-def _computed(model: PreTrainedModel, state: Applied, vectors: Tensor) -> Stack:
+def _computed(decoder: Any, state: Applied, vectors: Tensor) -> Stack:
     """Keys and values of vectors (L, D), once."""
-    width = model.get_input_embeddings().weight.shape[1]
+    width = decoder.get_input_embeddings().weight.shape[1]
     if vectors.dim() != 2 or vectors.shape[1] != width:
         raise PolicyPatchError(
             f"the patch has shape {tuple(vectors.shape)} but this base takes vectors of width {width}"
         )
-    context = context_of(model.config)
+    context = context_of(decoder.config)
     if context is not None and len(vectors) >= context:
         raise PolicyPatchError(f"a stack of {len(vectors)} vectors leaves no room in the model's context of {context}")
-    window = sliding_window(model)
+    window = sliding_window(decoder)
     if window is not None and len(vectors) >= window:
         raise PolicyPatchError(f"a stack of {len(vectors)} vectors does not fit the model's sliding window of {window}")
     digest = hashlib.sha256(vectors.numpy().tobytes()).hexdigest()
-    key = digest, model.device, model.dtype
-    stack = state.known.pop(key, None)
+    place = decoder.device, decoder.dtype
+    stack = state.known.pop((digest, place), None)
     if stack is None:
-        with state.standing([None]), _without_dropout(model):
-            embedded = vectors.to(model.device, model.dtype)[None]
-            cache = decoder_of(model)(
-                inputs_embeds=embedded, past_key_values=DynamicCache(), use_cache=True
-            ).past_key_values
-        stack = Stack(len(vectors), [(layer.keys, layer.values) for layer in cache.layers], digest)
-    state.known[key] = stack
+        with state.standing([None]), _without_dropout(decoder):
+            embedded = vectors.to(*place)[None]
+            cache = decoder(inputs_embeds=embedded, past_key_values=DynamicCache(), use_cache=True).past_key_values
+        stack = Stack(vectors, [(layer.keys, layer.values) for layer in cache.layers], digest, place)
+    state.known[digest, place] = stack
     while len(state.known) > KNOWN:  # those that stand in front have other holders
         del state.known[next(iter(state.known))]
     return stack
@@ -184,10 +183,10 @@ def _stamp(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         module.__dict__[STATE].stamp(cache)
 
 
-def _shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _shift(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positions counted on from the stacks' lengths, and a cache that stands behind them."""
     state: Applied = module.__dict__[STATE]
-    if module.config._attn_implementation != PREFIX + state.kind:  # type: ignore[union-attr]
+    if module.config._attn_implementation != PREFIX + state.kind:
         raise PolicyPatchError(
             "the attention implementation was changed after a patch was applied, which has no effect so: apply it again"
         )
@@ -197,16 +196,14 @@ def _shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         state.goes_on(past)
     if not state.longest:
         return args, kwargs
+    place = module.device, module.dtype
+    if any(stack is not None and stack.place != place for stack in state.rows):  # the model was moved since
+        state.become([None if stack is None else _computed(module, state, stack.vectors) for stack in state.rows])
     given = kwargs.get("inputs_embeds")
     given = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
     assert given is not None
-    context = context_of(module.config)
-    whole = past is None or (type(past) is DynamicCache and not past.get_seq_length())  # nothing was read before
-    if whole and context is not None and state.longest + given.shape[1] > context:
-        raise PolicyPatchError(
-            f"a stack of {state.longest} vectors and {given.shape[1]} tokens exceed the model's context of {context}: "
-            "shorten the prompt or the stack"
-        )
+    if past is None or type(past) is DynamicCache:  # others do not know how many tokens they hold
+        _check_room(context_of(module.config), state.longest, past.get_seq_length() if past else 0, given.shape[1])
     if past is not None:
         adopt(past, state.front, state.depth)
     positions = kwargs.get("position_ids")
@@ -219,6 +216,21 @@ def _shift(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     far = state.window is not None and int(positions.max()) >= state.window
     state.positions = positions if far else None
     return args, kwargs | {"position_ids": positions}
+
+
+def _check_room(context: int | None, stack: int, before: int, new: int) -> None:
+    """Refuse a prompt that passes the context, and tell once of an answer that does, as transformers would."""
+    over = 0 if context is None else stack + before + new - context
+    if over > 0 and (new > 1 or not before):
+        tokens = f"{before} tokens and {new} more" if before else f"{new} tokens"
+        raise PolicyPatchError(
+            f"a stack of {stack} vectors and {tokens} exceed the model's context of {context}: "
+            "shorten the prompt or the stack"
+        )
+    if over == 1:
+        warnings.warn(
+            f"the answer goes on beyond the model's context of {context}, {stack} vectors included", stacklevel=2
+        )
 
 
 def _check(model: PreTrainedModel, vectors: Tensor) -> None:

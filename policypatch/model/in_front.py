@@ -23,11 +23,24 @@ NOTHING = (None,)  # what the tokens of the plain base were read behind
 
 @dataclass(frozen=True)
 class Stack:
-    """Keys and values of vectors, layer by layer: (1, heads, L, d) each, and a digest of the vectors."""
+    """Keys and values of vectors (L, D), layer by layer: (1, heads, L, d) each.
 
-    length: int
+    Attributes:
+        vectors: what they were computed from.
+        layers: keys and values.
+        digest: of the vectors.
+        place: device and type of the model that computed them.
+    """
+
+    vectors: Tensor
     layers: Sequence[tuple[Tensor, Tensor]]
     digest: str
+    place: tuple[torch.device, torch.dtype]
+
+    @property
+    def length(self) -> int:
+        """Columns that it takes."""
+        return len(self.vectors)
 
 
 @dataclass(frozen=True)

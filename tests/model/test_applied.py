@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, StaticCache, TextStreamer
@@ -307,6 +309,36 @@ def test_what_cannot_be_applied_is_refused_and_leaves_the_model_alone(model):
     with pytest.raises(PolicyPatchError, match="call apply first"), using(model, None):
         pass
     assert torch.equal(model(torch.tensor([PROMPTS[0]])).logits, before)
+
+
+def test_a_model_that_is_moved_takes_its_stack_along(model):
+    """To another type here; another device is the same to it."""
+    vectors = vectors_for(model, 3)
+    batch = padded(PROMPTS, "left")
+    apply(model, vectors)
+    expected = model(**batch).logits
+    half = model.to(torch.bfloat16)(**batch).logits
+    assert half.dtype == torch.bfloat16
+    remove(model)
+    apply(model, vectors)  # anew, in that type
+    assert torch.equal(model(**batch).logits, half)
+    model.to(torch.float32)
+    close = model(**batch).logits - expected  # the weights were rounded on the way
+    assert close.abs().max() < 0.1 * expected.std()
+
+
+def test_a_turn_beyond_the_context_is_refused_and_an_answer_beyond_it_is_told(model):
+    context = model.config.max_position_embeddings
+    apply(model, vectors_for(model, 3))
+    cache = DynamicCache()
+    model(input_ids=torch.ones(1, context - 5, dtype=torch.long), past_key_values=cache)
+    with pytest.raises(PolicyPatchError, match=f"3 vectors and {context - 5} tokens and 3 more exceed"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=torch.ones(1, 2, dtype=torch.long), past_key_values=cache)
+    with pytest.warns(UserWarning, match="beyond the model's context"):
+        model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
 
 
 def test_stacks_that_were_left_are_not_kept_for_ever(model):
