@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from policypatch.data.prompts import PromptSet
 from policypatch.data.teachers import SampledTeacher, Teacher
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.probes import Plan, Probe, Reading
@@ -56,9 +58,9 @@ def check_prompts(cfg: DictConfig, base: Base, risk: Any, teacher: Teacher, key:
     if new := OmegaConf.select(cfg, f"{teacher_key}.sampling.max_new_tokens"):
         # Guidance makes a teacher's prompts longer than the base's; where there is none they are the same.
         form = teacher.form(risk.form) if isinstance(teacher, SampledTeacher) else risk.form
-        _check(f"{key}.train", Reading(risk.training_prompts, form, new, whole=False), base, 0)
-        _check(f"{key}.benign", Reading(risk.benign_prompts, form, new, whole=False), base, 0)
-        _check(f"{key}.benign_texts", Reading(risk.benign_texts, PLAIN, new, whole=False), base, 0)
+        _check(cfg, f"{key}.train", Reading(risk.training_prompts, form, new, whole=False), base, 0)
+        _check(cfg, f"{key}.benign", Reading(risk.benign_prompts, form, new, whole=False), base, 0)
+        _check(cfg, f"{key}.benign_texts", Reading(risk.benign_texts, PLAIN, new, whole=False), base, 0)
 
 
 def check_readings(
@@ -84,7 +86,7 @@ def check_readings(
     for probe in probes:
         for reading in probe.readings(plan):
             key = _key(cfg, keys.get(probe.risk, f"others.{probe.risk}"), probe.split)
-            _check(key, reading, *((scorer, 0) if reading.by_scorer else (base, vectors)), scorer is base)
+            _check(cfg, key, reading, *((scorer, 0) if reading.by_scorer else (base, vectors)), scorer is base)
 
 
 def _key(cfg: DictConfig, section: str, split: str) -> str:
@@ -95,7 +97,7 @@ def _key(cfg: DictConfig, section: str, split: str) -> str:
     return f"{section} ({split})"
 
 
-def _check(what: str, reading: Reading, reader: Base, vectors: int, one_model: bool = True) -> None:
+def _check(cfg: DictConfig, what: str, reading: Reading, reader: Base, vectors: int, one_model: bool = True) -> None:
     window = sliding_window(reader.model) if reading.whole else None
     limit = min((n for n in (reader.context, window) if n is not None), default=None)
     if limit is None or not reading.texts:
@@ -108,7 +110,19 @@ def _check(what: str, reading: Reading, reader: Base, vectors: int, one_model: b
     if vectors + longest + new > limit:
         role, remedy = ("scorer ", ", or take another scorer=") if reading.by_scorer else ("", "")
         after = f" and {new} tokens after it" if new else ""
+        number = lengths.index(longest)
+        place = _place(OmegaConf.select(cfg, what.partition(" (")[0]), reading.texts[number]) or f"number {number + 1}"
         raise PolicyPatchError(
-            f"{what} has a text of {longest} tokens (number {lengths.index(longest) + 1}): with {vectors} vectors "
+            f"{what} has a text of {longest} tokens ({place}): with {vectors} vectors "
             f"before{after} it exceeds the context of {role}{reader.identity.id} ({limit}); shorten it{remedy}"
         )
+
+
+def _place(section: Any, text: str) -> str | None:
+    """The file and row of a text of the prompt sets in a section of the config."""
+    if not isinstance(section, DictConfig):
+        return None
+    if str(section.get("_target_")).endswith(".PromptSet"):
+        prompt_set: PromptSet = instantiate(section)
+        return prompt_set.place_of(text)
+    return next((place for inner in section.values() if (place := _place(inner, text))), None)

@@ -64,14 +64,14 @@ LONG = "the train " * 250  # 500 tokens or more of a context of 512
 @pytest.mark.parametrize(
     ("risk", "key", "words"),
     [
-        ("toxicity", "risk.train.source", ["risk.train", "(number 2)"]),
-        ("toxicity", "risk.evaluation.rtp.source", ["risk.evaluation.rtp", "(number 2)"]),
+        ("toxicity", "risk.train.source", ["risk.train", "long.jsonl, row 2)"]),
+        ("toxicity", "risk.evaluation.rtp.source", ["risk.evaluation.rtp", "long.jsonl, row 2)"]),
         ("harmfulness", "risk.benign.plain.source", ["risk.benign"]),
         ("harmfulness", "risk.plain.source", ["benign"]),
-        ("toxicity", "others.harmfulness.scary.source", ["others.harmfulness", "scary", "(number 2)"]),
-        ("toxicity", "others.utility.text.source", ["others.utility", "wikipedia", "(number 2)"]),
-        ("toxicity", "others.utility.requests.source", ["others.utility", "benign", "(number 2)"]),
-        ("gender_bias", "risk.crows.more.source", ["crows", "(number 2)"]),
+        ("toxicity", "others.harmfulness.scary.source", ["others.harmfulness", "scary", "long.jsonl, row 2)"]),
+        ("toxicity", "others.utility.text.source", ["others.utility", "wikipedia", "long.jsonl, row 2)"]),
+        ("toxicity", "others.utility.requests.source", ["others.utility", "benign", "long.jsonl, row 2)"]),
+        ("gender_bias", "risk.crows.more.source", ["crows", "long.jsonl, row 2)"]),
     ],
 )
 def test_a_prompt_longer_than_the_context_is_named_before_anything_is_sampled(risk, key, words, go, tmp_path: Path):

@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 from policypatch.data.near import near_duplicates, normalise
+from policypatch.data.texts import placed
 from policypatch.data.texts import read_rows as rows_of_file
 from policypatch.errors import Number, PolicyPatchError
 from policypatch.files.sources import Source, fetch_all
@@ -110,7 +111,19 @@ class PromptSet:
         if self.portion is not None:
             low, high = self.portion
             texts = [text for text in texts if low <= _place(text) < high]
-        return texts if self.remove is None else [re.sub(self.remove, "", text).strip() for text in texts]
+        return [self._cleaned(text) for text in texts]
+
+    def place_of(self, prompt: str) -> str | None:
+        """The file and row that a prompt, or a text in full, comes from; None where it is from none of them."""
+        for path in fetch_all(self.source, "source"):
+            for place, text, _ in placed(path, self.field, self.where):
+                if prompt in (cleaned := self._cleaned(text), self._prompt(cleaned)):
+                    return place
+        return None
+
+    def _cleaned(self, text: str) -> str:
+        """A text without what `remove` matches."""
+        return text if self.remove is None else re.sub(self.remove, "", text).strip()
 
     def _prompt(self, text: str) -> str:
         """The part of a text that is the prompt, rephrased; empty where there is none."""

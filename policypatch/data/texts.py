@@ -44,6 +44,13 @@ def read_rows(
     Raises:
         PolicyPatchError: a file or row that cannot be read, a row without text, or `where` for a file without rows.
     """
+    return [(text, row) for _, text, row in placed(path, field, where)]
+
+
+def placed(
+    path: Path, field: str = "text", where: Mapping[str, Any] | None = None
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """The same, and before each in words where it stands."""
     suffix = path.suffix.lower()
     if suffix in WITH_ROWS:
         return _chosen(path, _table(path, TABLES[suffix]) if suffix in TABLES else _rows(path, suffix), field, where)
@@ -51,8 +58,10 @@ def read_rows(
         return _chosen(path, enumerate(content, 1), field, where)
     if where:
         raise PolicyPatchError(f"{path} has no rows to choose from: leave out where, or give {', '.join(WITH_ROWS)}")
-    texts: list[tuple[str, dict[str, Any]]] = [
-        (text.strip(), {}) for text in _plain_texts(path, suffix) if text.strip()
+    texts: list[tuple[str, str, dict[str, Any]]] = [
+        (f"{path}, row {number}", text.strip(), {})
+        for number, text in enumerate(_plain_texts(path, suffix), 1)
+        if text.strip()
     ]
     if not texts:
         raise PolicyPatchError(f"{path} is empty: expected texts")
@@ -61,9 +70,9 @@ def read_rows(
 
 def _chosen(
     path: Path, rows: Iterable[tuple[int, dict[str, Any]]], field: str, where: Mapping[str, Any] | None
-) -> list[tuple[str, dict[str, Any]]]:
+) -> list[tuple[str, str, dict[str, Any]]]:
     kept = ((f"{path}, row {number}", row) for number, row in rows)
-    return [(_text(row, field, place), row) for place, row in kept if _fits(row, where or {}, place)]
+    return [(place, _text(row, field, place), row) for place, row in kept if _fits(row, where or {}, place)]
 
 
 def _is_rows(content: Any) -> bool:
