@@ -24,7 +24,7 @@ from policypatch.model.decode import sample
 from policypatch.model.form import CHAT
 from policypatch.model.load import load_base
 from policypatch.model.sampling import Sampling
-from policypatch.patch.artifact import Patch, load, save
+from policypatch.patch.artifact import Patch, load
 from policypatch.patch.peft_layout import save_peft
 from policypatch.patch.stacking import stack
 
@@ -118,7 +118,7 @@ def answers(folder: Path) -> Answers:
 def test_from_a_run_to_engines_that_know_nothing_of_patches(
     folder: Path, answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Sign, verify, apply, stack, export, serve: the same greedy text everywhere."""
+    """Sign, verify, apply, stack, export, serve, llama.cpp from a GGUF file: the same greedy text everywhere."""
     monkeypatch.chdir(tmp_path)
     command("keygen", "vendor.key")
     command("sign", folder / "patch", "--key", "vendor.key")
@@ -172,23 +172,14 @@ def test_from_a_run_to_engines_that_know_nothing_of_patches(
         rows = sample(base.model, prompts[:1], stacked, 1, GREEDY, eos=base.eos)
         assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == base.decode(rows[0][0])
 
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_llama_cpp_writes_the_same(answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An engine that knows nothing of patches, from a GGUF file in which they are words."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make engines")
-    monkeypatch.chdir(tmp_path)
-    for name, patch in answers.patches.items():
-        save(patch, tmp_path / name)
-    export = ("--model", "smollm2_135m", "--dtype", "float32", "--to", "gguf", "--out", "model.gguf", "--dequantize")
-    command("export", *answers.patches, *export)
+    command("export", *both_to, "--to", "gguf", "--out", "model.gguf", "--dequantize")
     engine = llama_cpp.Llama("model.gguf", n_ctx=512, logits_all=False, verbose=False, type_k=0, type_v=0)  # 0: float32
-    for name, wanted in answers.texts.items():
-        patch = answers.patches.get(name)
-        words = [] if patch is None else [f"<|{name}@{patch.manifest.version}:{i}|>" for i in range(len(patch.vectors))]
-        for ids, text in zip(answers.prompts, wanted, strict=True):
-            asked = "".join(words) + answers.base.tokenizer.decode(ids)
+    for name, wanted in texts.items():
+        of = {patch.manifest.name: patch, "both": both}.get(name)
+        words = [] if of is None else [f"<|{name}@{of.manifest.version}:{i}|>" for i in range(len(of.vectors))]
+        for ids, text in zip(prompts, wanted, strict=True):
+            asked = "".join(words) + base.tokenizer.decode(ids)
             written = engine.create_completion(asked, max_tokens=GREEDY.max_new_tokens, temperature=0)
             assert written["choices"][0]["text"] == text
 
