@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -137,6 +140,30 @@ def test_a_sweep_into_a_folder_of_another_leaves_that_ones_runs_as_they_were(cli
         assert second.returncode == 1 and "refused: patch.length=2" in second.stdout, second.stdout
         assert not list((tmp_path / "outputs" / "again" / "patch.length=2").glob("*.json.*"))
         assert not (tmp_path / "outputs" / "again" / "patch.length=2" / "failed.json").exists()
+
+
+@pytest.mark.slow
+def test_a_job_of_joblibs_that_is_killed_is_seen(cli, tmp_path: Path):
+    """As by a system that is out of memory; the other process' job may or may not come to its end."""
+
+    def kill() -> None:
+        folder = tmp_path / "outputs" / "killed"
+        while not list(folder.rglob("pairs.jsonl")):
+            time.sleep(0.1)
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                words, its = (process / "cmdline").read_text(), (process / "environ").read_text()
+            except OSError:  # gone, or not ours
+                continue
+            if "popen_loky" in words and str(folder) in its:
+                os.kill(int(process.name), signal.SIGKILL)
+                return
+
+    threading.Thread(target=kill, daemon=True).start()
+    joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    done = cli(*joblib, sweep=True, **{"patch.length": "2,3,4,5", "name": "killed", "sft.steps": 30})
+    assert done.returncode == 1 and "did not finish" in done.stdout, done.stdout + done.stderr
+    assert (tmp_path / "outputs" / "killed" / "compare.html").is_file()
 
 
 @pytest.mark.slow
