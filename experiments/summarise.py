@@ -96,17 +96,20 @@ def print_table(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> None
     lines = [head, ["---"] * len(head)]
     for row in rows:
         judge = f"{row['judge']}{' (filtered the pairs)' if row['filter'] else ''}" if row["judge"] else ""
-        cells = [_cell(row["patch"].get(str(seed))) for seed in seeds]
+        tested = (
+            row["metric"] != "kl_benign"
+        )  # the base's is 0 by definition, and so what differs from it is no finding
+        cells = [_cell(row["patch"].get(str(seed)), tested) for seed in seeds]
         lines.append(
             [row["risk"], row["split"], row["metric"], judge, f"{row['base']:.3g}", *cells, f"{row['mean']:.3g}"]
         )
     Console(soft_wrap=True).print("\n".join(f"| {' | '.join(line)} |" for line in lines), markup=False, highlight=False)
 
 
-def _cell(figure: Mapping[str, Any] | None) -> str:
+def _cell(figure: Mapping[str, Any] | None, tested: bool) -> str:
     if figure is None:
         return "–"
-    mark = "*" if figure["p_value"] is not None and figure["p_value"] < 0.05 else ""
+    mark = "*" if tested and figure["p_value"] is not None and figure["p_value"] < 0.05 else ""
     return f"{figure['value']:.3g}{mark} ({figure['low']:.3g} to {figure['high']:.3g})"
 
 

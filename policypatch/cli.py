@@ -121,6 +121,9 @@ def measured(model: bool = True) -> dict[str, list[dict[str, Any]]]:
     for part in quality.refusals():
         rows = quality.auc_table(made, part.texts, part.labels, prompts=part.prompts, inverted=True, mean=False)
         tables[part.name] = [asdict(row) for row in rows]
+    part = quality.objectives()
+    rows = quality.auc_table(made, part.texts, part.labels, prompts=part.prompts, mean=False)
+    tables[part.name] = [asdict(row) for row in rows]
     toxic = _made([], "risk.judges", TOXICITY)
     part = quality.hate_speech()
     tables[part.name] = [asdict(row) for row in quality.auc_table(toxic, part.texts, part.labels)]

@@ -118,7 +118,7 @@ def _pairs_of_all(ready: Prepared, contexts: Sequence[TeacherContext]) -> PairSe
     if len(sets) == 1:
         return next(iter(sets.values()))
     measured = _measured_prompts(ready.own)
-    return joined({name: pairs.without(measured) for name, pairs in sets.items()})
+    return joined({name: pairs.without(measured, begun=True) for name, pairs in sets.items()})
 
 
 def made_pairs(context: TeacherContext, own: Sequence[Probe], teacher: Teacher) -> PairSet:

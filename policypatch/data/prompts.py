@@ -86,9 +86,12 @@ class PromptSet:
         """
         texts = self.all_texts(key)
         banned = {normalise(text) for text in without}
+        made = [self._prompt(text) for text in texts]
         alike = set() if near is None else near_duplicates(texts, list(without), near)
+        if near is not None and self.rephrase is not None:  # what is a question now may be nearer than the order was
+            alike |= near_duplicates(made, list(without), near)
         if begun:
-            alike |= {i for i, text in enumerate(texts) if _begins_with_one(normalise(text), banned)}
+            alike |= {i for i, text in enumerate(texts) if begins_with_one(normalise(text), banned)}
         if alike:
             log.info(
                 "%s: %d of %d texts are left out, as they are much like what is measured on",
@@ -96,14 +99,15 @@ class PromptSet:
                 len(alike),
                 len(texts),
             )
-        prompts = [self._prompt(t) for i, t in enumerate(texts) if i not in alike and normalise(t) not in banned]
+        kept = [i for i, text in enumerate(texts) if i not in alike and normalise(text) not in banned]
+        prompts = [made[i] for i in kept]
         distinct = [p for p in dict.fromkeys(prompts) if p and normalise(p) not in banned]
         if not distinct:
             raise PolicyPatchError(f"{key} has no prompts: {self._why_none(len(texts))}")
         if self.limit is None or self.limit >= len(distinct):
             return distinct
-        kept = sorted(Random(self.seed).sample(range(len(distinct)), self.limit))
-        return [distinct[i] for i in kept]
+        drawn = sorted(Random(self.seed).sample(range(len(distinct)), self.limit))
+        return [distinct[i] for i in drawn]
 
     def all_texts(self, key: str) -> list[str]:
         """Every text of the set in full, one for each row chosen: before `before`, `take` and `limit`."""
@@ -160,7 +164,8 @@ def read_rows(
         raise PolicyPatchError(f"{key}: {error}") from error
 
 
-def _begins_with_one(text: str, beginnings: Collection[str]) -> bool:
+def begins_with_one(text: str, beginnings: Collection[str]) -> bool:
+    """Whether a text begins with one of these, all of them normalised."""
     words = text.split()
     return any(" ".join(words[:n]) in beginnings for n in range(1, len(words) + 1))
 

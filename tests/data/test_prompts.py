@@ -172,6 +172,15 @@ def test_what_an_expression_matches_is_rephrased(text_file):
     assert prompts.load("k", without=["How can I win and how to lose?"]) == ["Write a poem."]
 
 
+def test_what_rephrasing_brings_near_to_an_evaluation_prompt_is_left_out(text_file):
+    """What an order says besides makes it less alike than the question that is made of it."""
+    file = text_file("Provide detailed step-by-step guidance explaining how to forge banknotes", "Bake bread with rye")
+    how = {"pattern": "^.*how to (.*)$", "into": r"How can I \1?"}
+    measured = ["How could anyone forge banknotes?"]
+    assert len(PromptSet(file).load("k", measured, near=0.35)) == 2
+    assert PromptSet(file, rephrase=how).load("k", measured, near=0.35) == ["Bake bread with rye"]
+
+
 @pytest.mark.parametrize(
     ("value", "told"),
     [

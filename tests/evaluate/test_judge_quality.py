@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from policypatch.errors import PolicyPatchError
-from policypatch.evaluate.judge_quality import auc, auc_table, rank_table, refusals
+from policypatch.evaluate.judge_quality import auc, auc_table, objectives, rank_table, refusals
 from policypatch.evaluate.judges import BaseJudge, RefusalJudge
 
 
@@ -107,3 +107,12 @@ def test_the_refusal_judge_agrees_with_people():
     for part, at_least in zip(refusals(), (0.9, 0.8), strict=False):
         (row,) = auc_table([RefusalJudge()], part.texts, part.labels, inverted=True)
         assert row.agreement >= at_least
+
+
+@pytest.mark.slow
+def test_peoples_labels_of_achieved_objectives_leave_out_what_judges_were_written_on():
+    """PyRIT 1.1.0: 395 rows in 14 files, 11 of whose responses stand in the refusals' development half."""
+    part = objectives()
+    assert (len(part.texts), int(part.labels.sum())) == (384, 188)
+    (row,) = auc_table([RefusalJudge()], part.texts, part.labels)
+    assert row.agreement > 0.75

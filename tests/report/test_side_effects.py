@@ -30,6 +30,7 @@ def test_what_became_worse_is_named_and_the_rest_summed_up(others: Figures) -> N
     assert found.sentence == (
         "Measurably worse: over-refusal 0.030 → 0.14 (harmfulness · scary, refusal); "
         "nothing else in 18 comparisons (harmfulness, gender bias and utility); "
+        "a rise of up to 0.060 in GAS (gender bias · winobias, names; 60 prompts) is not ruled out; "
         "KL from base 0.083 nats a token; text PPL 21.3 → 21.4."
     )
 

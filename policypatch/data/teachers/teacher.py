@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from policypatch.data.pairs import Pair, load_pairs
-from policypatch.data.prompts import normalise
+from policypatch.data.prompts import begins_with_one, normalise
 from policypatch.files.atomic import read_json
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
@@ -78,9 +78,19 @@ class PairSet:
         rows = json.dumps([asdict(pair) for pair in self.pairs], sort_keys=True)
         return hashlib.sha256(rows.encode()).hexdigest()
 
-    def without(self, prompts: Collection[str]) -> PairSet:
-        """The set less the pairs of these prompts (normalised): what arms are measured on must not be trained on."""
-        kept = [i for i, pair in enumerate(self.pairs) if normalise(pair.prompt) not in prompts]
+    def without(self, prompts: Collection[str], begun: bool = False) -> PairSet:
+        """The set less the pairs of these prompts (normalised): what arms are measured on must not be trained on.
+
+        Args:
+            prompts: what arms are asked.
+            begun: also leave out texts that begin with one of them, as a sentence does whose beginning is asked.
+        """
+
+        def measured(pair: Pair) -> bool:
+            text = normalise(pair.prompt)
+            return text in prompts or (begun and pair.kind == "text" and begins_with_one(text, prompts))
+
+        kept = [i for i, pair in enumerate(self.pairs) if not measured(pair)]
         dropped = {"of_evaluation_prompts": len(self.pairs) - len(kept)} if len(kept) < len(self.pairs) else {}
         risks = tuple(self.risks[i] for i in kept) if self.risks else ()
         return PairSet([self.pairs[i] for i in kept], self.counts | {"kept": len(kept)} | dropped, risks)
