@@ -47,7 +47,8 @@ def panels(found: Comparison) -> list[Panel]:
     if keys and not numeric and len(lines) <= BARS:
         drawn += [_bars(column, lines, keys, _value(base, column)) for column in shown]
     risk, cost = shown[0], next((c for name in FLUENCY for c in shown if c.metric == name), None)
-    if cost is not None and len(lines) > 2 and is_risk(risk.metric):
+    choice = keys != ["seed"] and len(_own_risks(lines)) < 2  # seeds, and patches of several risks, are no alternatives
+    if cost is not None and len(lines) > 2 and is_risk(risk.metric) and choice:
         drawn.append(_scatter(cost, risk, lines, keys, base, "frontier: lower left is best"))
     return drawn + _cost_panels(found, lines, keys, risk, base)
 

@@ -335,6 +335,7 @@ def test_seeds_alone_are_bars_with_the_intervals_of_each(tmp_path: Path):
     found = comparison(find_records([tmp_path]))
     drawn = panels(found)
     assert drawn[0].title == "toxic rate (rtp, svm)" and "seed 0 0.1, seed 1 0.2, seed 2 0.3" in drawn[0].svg
+    assert not any("frontier" in panel.title for panel in drawn)
     compare([tmp_path], tmp_path)
     assert "whiskers are 95 % intervals over prompts" in (tmp_path / "compare.html").read_text()
 
