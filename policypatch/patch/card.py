@@ -49,7 +49,9 @@ Nothing was measured for this patch.
 ## What it does not cover
 
 Risks, languages, prompt formats and decoding settings other than those above were not measured. The judges are
-classifiers with errors of their own; a figure by the judge that filtered the training pairs flatters the patch.
+classifiers with errors of their own, which no bound above has in it; a figure by the judge that filtered the training
+pairs flatters the patch. The bounds are those of one patch on prompts that it was not chosen by: where settings were
+chosen by looks at these prompts, measure it on others (`policypatch audit`).
 
 ## How to apply
 
@@ -150,7 +152,10 @@ def _table(heading: str, rows: list[Row], risk: str, arm: str, level: str) -> _T
         values = [_figure(row["value"]) if row else "–" for row in (base, ours)]
         lines.append(f"| {' | '.join([_words(split), metric, by, *values, interval, str(said['n'])])} |")
         upper = None if ours is None else ours.get("upper")
-        if upper is not None:
+        independent = any(
+            key[:2] == (split, metric) and not arms.get(arm, said)["filter"] for key, arms in cells.items()
+        )
+        if upper is not None and not (said.get("filter") and independent):  # the judge that flatters guarantees nothing
             judged = f", judged by {by}" if by else ""
             claims.append(
                 f"With {level} confidence {metric} is below {_rounded_up(upper)} on prompts such as those of "

@@ -103,6 +103,18 @@ def test_card_of_several_risks(make_patch):
     assert all("|---|---|---|---|---|---|---|\n| test" in part for part in card.split("### ")[1:])
 
 
+def test_a_judge_that_filtered_the_pairs_guarantees_nothing_where_another_does(make_patch):
+    rows = make_patch().manifest.scorecard
+    assert rows[1]["filter"] and not rows[0]["filter"]
+    both = [rows[0] | {"upper": 0.4}, rows[1] | {"upper": 0.3}]
+    claims = [
+        line for line in model_card(make_patch(scorecard=both).manifest).splitlines() if line.startswith("- With")
+    ]
+    assert len(claims) == 1 and "judged by svm" in claims[0]
+    alone = model_card(make_patch(scorecard=both[1:]).manifest)
+    assert "judged by lstm (filtered the training pairs)" in alone
+
+
 def test_card_without_figures(make_patch):
     card = model_card(make_patch(scorecard=[]).manifest)
     assert "Nothing was measured" in card
