@@ -94,6 +94,8 @@ def keys(found: dict[str, Any]) -> dict[str, Spread]:
         for name, of in found["overhead"].items():
             if name != "plain":
                 named[f"decode.overhead_{name}"] = of["per_token"]
+        if vs_peft := found["overhead"]["patched"].get("per_token_vs_peft"):  # no figures from before it have it
+            named["decode.patched_vs_peft"] = vs_peft
         named["decode.first_token_patched"] = found["overhead"]["patched"]["first_token"]
         named["decode.sampling_ratio_vs_generate"] = found["sampling"]["ratio"]
     return named

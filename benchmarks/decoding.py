@@ -22,6 +22,7 @@ from benchmarks.workload import Workload
 from policypatch.model.applied import apply, remove
 from policypatch.model.base import Base
 from policypatch.model.decode import sample
+from policypatch.model.latency import undisturbed
 from policypatch.model.sampling import Sampling
 
 Load = Callable[[], Base]
@@ -48,16 +49,17 @@ def answered(model: Any, base: Base, new_tokens: int) -> tuple[float, float]:
     """Seconds from the call to the first token, and for each further one."""
     ids = torch.randint(100, len(base.tokenizer), (1, PROMPT), generator=torch.Generator().manual_seed(0))
     ids = ids.to(base.model.device)
-    clock, start = Clock(), time.perf_counter()
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        pad_token_id=base.eos[0],
-        streamer=clock,
-    )
+    with undisturbed():
+        clock, start = Clock(), time.perf_counter()
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            pad_token_id=base.eos[0],
+            streamer=clock,
+        )
     ticks = clock.ticks[-new_tokens:]
     return ticks[0] - start, (ticks[-1] - ticks[0]) / (new_tokens - 1)
 
@@ -73,35 +75,50 @@ def patched(base: Base) -> Iterator[Any]:
 
 
 def overhead(load: Load, repeats: int, new_tokens: int = NEW_TOKENS) -> dict[str, dict[str, Spread]]:
-    """Time of each way / time of the plain base, to the first token and for each further one, of neighbouring runs."""
-    base, tuned, adapted, merged = (load() for _ in range(4))
+    """Time of each way / time of the plain base, to the first token and for each further one.
+
+    An answer of the plain base stands before and after every other one, and their mean is what that one is held
+    against; which way comes after which changes from turn to turn. The plain base's own ratios are those of each answer
+    to the one before it: what the machine does by itself.
+    """
+    base, adapted, merged = (load() for _ in range(3))
     tuning = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=PATCH)
     lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=RANK, target_modules="all-linear")
-    others: dict[str, Any] = {
-        "peft": get_peft_model(tuned.model, tuning).eval(),
+    ways: dict[str, Any] = {
+        "patched": base.model,
+        "peft": get_peft_model(base.model, tuning).eval(),  # which puts nothing into the model
         "lora_unmerged": get_peft_model(adapted.model, lora).eval(),
         "lora_merged": get_peft_model(merged.model, lora).merge_and_unload().eval(),
     }
-    found, plain = {}, []
-    for name in ("patched", *others):
-        pairs = []
-        for turn in range(repeats + 1):
-            both = {}
-            # Which of the two comes first changes from pair to pair.
-            for side in ("plain", name)[:: 1 if turn % 2 else -1]:
-                with patched(base) if side == "patched" else nullcontext(others.get(side, base.model)) as model:
-                    answered(model, base, WARMING)  # its weights and its code are at hand then, as they are in use
-                    both[side] = answered(model, base, new_tokens)
-            pairs.append((both["plain"], both[name]))
-        (first, further), (own_first, own_further) = (zip(*of, strict=True) for of in zip(*pairs[1:], strict=True))
-        found[name] = {
-            "first_token": ratio(own_first, first),
-            "per_token": ratio(own_further, further),
-            "seconds_per_token": spread(own_further),
+
+    def asked(name: str) -> tuple[float, float]:
+        with patched(base) if name == "patched" else nullcontext(ways.get(name, base.model)) as model:
+            answered(model, base, WARMING)  # its weights and its code are at hand then, as they are in use
+            return answered(model, base, new_tokens)
+
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ("plain", *ways)}
+    against: dict[str, list[tuple[float, float]]] = {name: [] for name in seconds}
+    for turn in range(repeats + 1):
+        before, start = asked("plain"), turn % len(ways)
+        for name in [*ways][start:] + [*ways][:start]:
+            own, after = asked(name), asked("plain")
+            if turn:  # the first one allocates
+                seconds[name].append(own)
+                seconds["plain"].append(after)
+                against[name].append((2 * own[0] / (before[0] + after[0]), 2 * own[1] / (before[1] + after[1])))
+                against["plain"].append((after[0] / before[0], after[1] / before[1]))
+            before = after
+    found = {
+        name: {
+            "first_token": spread([first for first, _ in against[name]]),
+            "per_token": spread([further for _, further in against[name]]),
+            "seconds_per_token": spread([further for _, further in seconds[name]]),
         }
-        plain += further
-    itself = ratio(plain, plain)
-    return {"plain": {"first_token": itself, "per_token": itself, "seconds_per_token": spread(plain)}} | found
+        for name in seconds
+    }
+    both = zip(against["patched"], against["peft"], strict=True)
+    found["patched"]["per_token_vs_peft"] = spread([ours[1] / theirs[1] for ours, theirs in both])
+    return found
 
 
 def sampling(base: Base, repeats: int, new_tokens: int = SAMPLED_TOKENS) -> dict[str, Spread]:

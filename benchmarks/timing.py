@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from policypatch.model.latency import undisturbed
+
 Spread = dict[str, float]
 
 
@@ -19,15 +21,12 @@ def spread(values: Sequence[float]) -> Spread:
 
 def timed(function: Callable[[], object]) -> float:
     """Seconds of one call, until the GPU has done it where there is one, without collections of garbage."""
-    gc.disable()  # of what other sides have left behind, which may take as long as a step on a GPU
-    try:
+    with undisturbed():
         finish()
         start = time.perf_counter()
         function()
         finish()
         return time.perf_counter() - start
-    finally:
-        gc.enable()
 
 
 def finish() -> None:
@@ -37,14 +36,17 @@ def finish() -> None:
 
 
 def in_turn(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function, called one after the other, `repeats` times after a first one that allocates."""
+    """Seconds of each function, called one after the other, `repeats` times after a first one that allocates.
+
+    Every other time in the opposite order, so that none always comes after the same one, or after the collection.
+    """
     for function in functions.values():
         function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
+    for turn in range(repeats):
         gc.collect()
-        for name, function in functions.items():
-            seconds[name].append(timed(function))
+        for name in [*functions][:: -1 if turn % 2 else 1]:
+            seconds[name].append(timed(functions[name]))
     return seconds
 
 

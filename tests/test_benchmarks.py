@@ -93,7 +93,7 @@ def test_every_way_of_answering_is_timed(load):
     found = overhead(load, 1, new_tokens=4)
     assert set(found) == {"plain", "patched", "peft", "lora_unmerged", "lora_merged"}
     assert all(of["per_token"]["median"] > 0 for of in found.values())
-    assert found["plain"]["per_token"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert found["patched"]["per_token_vs_peft"]["median"] > 0
     assert sampling(load(), 1, new_tokens=3)["ratio"]["median"] > 0
 
 

@@ -7,6 +7,7 @@ stands a short answer of its own that is not timed: who comes after another's we
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -22,7 +23,7 @@ from policypatch.model.sampling import Sampling
 
 NEW_TOKENS = 17  # the time for each is a mean over all but the first
 WARMING = 2  # tokens of an answer that is not timed
-TIMING = 3
+TIMING = 4
 """Number of the way of timing: counted up when a change here or in `sample` would give other ratios."""
 
 
@@ -67,6 +68,16 @@ def ratios(base: Base, arm: Arm, load: Load, repeats: int, merged: bool = False)
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """Without collections of garbage, each of which may take as long as a token or, on a GPU, a training step."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextmanager
 def _adapted(arm: Arm, merged: bool) -> Iterator[None]:
     """The arm's adapters at work, if it has any, in the base's precision as one would serve them."""
     with ExitStack() as stack:
@@ -97,7 +108,8 @@ def _seconds(base: Base, prompts: Sequence[Sequence[int]], arm: Arm) -> np.ndarr
         return ticks
 
     answered(WARMING)
-    ticks = answered(NEW_TOKENS)
+    with undisturbed():
+        ticks = answered(NEW_TOKENS)
     return np.array([ticks[1] - ticks[0], (ticks[-1] - ticks[1]) / (len(ticks) - 2)])
 
 
