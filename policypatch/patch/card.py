@@ -152,10 +152,9 @@ def _table(heading: str, rows: list[Row], risk: str, arm: str, level: str) -> _T
         values = [_figure(row["value"]) if row else "–" for row in (base, ours)]
         lines.append(f"| {' | '.join([_words(split), metric, by, *values, interval, str(said['n'])])} |")
         upper = None if ours is None else ours.get("upper")
-        independent = any(
-            key[:2] == (split, metric) and not arms.get(arm, said)["filter"] for key, arms in cells.items()
-        )
-        if upper is not None and not (said.get("filter") and independent):  # the judge that flatters guarantees nothing
+        others = [arms.get(arm, {}) for key, arms in cells.items() if key[:2] == (split, metric)]
+        flattered = said.get("filter") and any(not row.get("filter", True) for row in others)
+        if upper is not None and not flattered:
             judged = f", judged by {by}" if by else ""
             claims.append(
                 f"With {level} confidence {metric} is below {_rounded_up(upper)} on prompts such as those of "
