@@ -154,7 +154,8 @@ def _difference_text(column: Column, difference: Difference | None) -> str:
     if difference is None:
         return "–"
     numbers = (difference.mean, difference.low, difference.high)
-    mean, low, high = (f"×{math.exp(x):.2f}" if is_ratio(column) else f"{x:+.2g}" for x in numbers)
+    # Rounded first, as a mean of differences that cancel out is 1e-17.
+    mean, low, high = (f"×{math.exp(x):.2f}" if is_ratio(column) else f"{round(x, 9):+.2g}" for x in numbers)
     evidence = {"delta_low": difference.low, "delta_high": difference.high, "p_value": difference.p_value}
     mark = (" ✓" if difference.mean < 0 else " ✗") if difference.mean and all(evidence_of(evidence)) else ""
     return f"{mean} [{low}, {high}]{mark}"
