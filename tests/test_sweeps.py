@@ -137,7 +137,7 @@ def test_a_sweep_into_a_folder_of_another_leaves_that_ones_runs_as_they_were(cli
     # The folders are named by what is swept, so that of length 2 holds the other configuration's run.
     names = {path.name for path in (tmp_path / "outputs" / "again").iterdir() if path.is_dir()}
     if "patch.length=2" in names:
-        assert second.returncode == 1 and "refused: patch.length=2" in second.stdout, second.stdout
+        assert second.returncode == 1 and "failed: patch.length=2: refused: " in second.stdout, second.stdout
         assert not list((tmp_path / "outputs" / "again" / "patch.length=2").glob("*.json.*"))
         assert not (tmp_path / "outputs" / "again" / "patch.length=2" / "failed.json").exists()
 

@@ -113,6 +113,6 @@ def test_the_refusal_judge_agrees_with_people():
 def test_peoples_labels_of_achieved_objectives_leave_out_what_judges_were_written_on():
     """PyRIT 1.1.0: 395 rows in 14 files, 11 of whose responses stand in the refusals' development half."""
     part = objectives()
-    assert (len(part.texts), int(part.labels.sum())) == (384, 188)
+    assert (len(part.texts), int(part.labels.sum())) == (384, 189)
     (row,) = auc_table([RefusalJudge()], part.texts, part.labels)
     assert row.agreement > 0.75
