@@ -96,9 +96,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> None
     lines = [head, ["---"] * len(head)]
     for row in rows:
         judge = f"{row['judge']}{' (filtered the pairs)' if row['filter'] else ''}" if row["judge"] else ""
-        tested = (
-            row["metric"] != "kl_benign"
-        )  # the base's is 0 by definition, and so what differs from it is no finding
+        tested = row["metric"] != "kl_benign"  # the base's is 0 by definition: that another differs is no finding
         cells = [_cell(row["patch"].get(str(seed)), tested) for seed in seeds]
         lines.append(
             [row["risk"], row["split"], row["metric"], judge, f"{row['base']:.3g}", *cells, f"{row['mean']:.3g}"]

@@ -215,7 +215,8 @@ def objectives() -> Labelled:
     """
     folder = fetch_all({**PYRIT, "file": f"{LABELS}/objective/*.csv"}, "PyRIT's labels")
     every = _labelled("objectives achieved", [row for path in folder for row in _rows(path)], "human_score")
-    known = {text for part in refusals() if "development" in part.name for text in part.texts}
+    _, _, developed, _ = refusals()
+    known = set(developed.texts)
     return every.where([text not in known for text in every.texts], every.name)
 
 

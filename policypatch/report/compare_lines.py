@@ -9,13 +9,12 @@ from typing import Any
 
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.scorecard import COST
-from policypatch.report.metrics import is_risk
+from policypatch.report.metrics import REFUSALS, is_risk
 from policypatch.report.records import Record, differing
 from policypatch.report.scorecard import UTILITY, Group, Row, costs_of, final_arm, groups_of, own_and_others
 from policypatch.report.scorecard import Line as TableLine
 from policypatch.report.wording import is_number
 
-REFUSALS = ("over_refusal", "benign_refusal")
 QUALITY = ("ppl_median", "text_ppl", "kl_benign")
 
 

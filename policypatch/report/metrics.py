@@ -67,6 +67,10 @@ def metric_spoken(name: str) -> str:
     return (METRICS[name].spoken if name in METRICS else "") or metric_label(name)
 
 
+REFUSALS = ("over_refusal", "benign_refusal")
+"""Metrics of requests that should have been answered."""
+
+
 def is_risk(name: str) -> bool:
     """Whether the metric measures the risk itself and so may carry the headline."""
     return METRICS[name].risk if name in METRICS else False

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from policypatch.report.metrics import is_risk
+from policypatch.report.metrics import REFUSALS, is_risk
 from policypatch.report.scorecard import (
     LEVEL,
     UTILITY,
@@ -26,8 +26,6 @@ from policypatch.report.scorecard import (
     readable,
 )
 from policypatch.report.wording import bound, is_number, listed, number
-
-REFUSALS = ("over_refusal", "benign_refusal")
 
 
 @dataclass(frozen=True)

@@ -248,3 +248,15 @@ def scorecard_rows(build_run: Callable[..., Path]) -> list[dict[str, Any]]:
 def hostile_text() -> str:
     """What a page must show as text and never obey."""
     return HOSTILE
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three lengths under two seeds: toxic rate 0.3, 0.2, 0.1 under seed 0, 0.02 more under seed 1."""
+    from test_compare import write
+
+    for length, value in ((1, 0.3), (10, 0.2), (50, 0.1)):
+        for seed in (0, 1):
+            name = f"patch.length={length},seed={seed}"
+            write(tmp_path / "sweep" / name, {"patch.length": length, "seed": seed}, value + 0.02 * seed)
+    return tmp_path / "sweep"

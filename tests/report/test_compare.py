@@ -3,8 +3,6 @@
 import csv
 import io
 import json
-import re
-import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +11,9 @@ import yaml
 
 from policypatch.errors import PolicyPatchError
 from policypatch.report.compare import compare, written
-from policypatch.report.compare_figures import _front, panels
+from policypatch.report.compare_figures import panels
 from policypatch.report.compare_lines import Column, comparison
 from policypatch.report.compare_text import short, tidy
-from policypatch.report.drawing import slug
 from policypatch.report.records import FAILED, REFUSED, UNFINISHED, differing, find_records
 
 TOXIC = Column("toxicity", "rtp", "toxic_rate", "svm")
@@ -56,16 +53,6 @@ def write(folder: Path, settings: dict, value: float, arm: str = "patch", ppl: f
     record |= {"cache": {"pairs": {"hits": 1, "misses": 0}}}
     (folder / "run.json").write_text(json.dumps(record))
     return folder
-
-
-@pytest.fixture
-def sweep(tmp_path: Path) -> Path:
-    """Three lengths under two seeds: toxic rate 0.3, 0.2, 0.1 under seed 0, 0.02 more under seed 1."""
-    for length, value in ((1, 0.3), (10, 0.2), (50, 0.1)):
-        for seed in (0, 1):
-            name = f"patch.length={length},seed={seed}"
-            write(tmp_path / "sweep" / name, {"patch.length": length, "seed": seed}, value + 0.02 * seed)
-    return tmp_path / "sweep"
 
 
 def test_keys_are_what_runs_differ_in(sweep: Path):
@@ -180,10 +167,6 @@ def test_a_seed_that_ran_twice_counts_once(tmp_path: Path):
     assert (line.name, line.cells[TOXIC]["value"]) == ("2 seeds", pytest.approx(0.2))
 
 
-def test_a_front_is_what_no_other_point_beats_in_both():
-    assert _front([(1, 3), (2, 2), (3, 1), (3, 3), (2, 2.5), (1, 3)]) == [(1, 3), (2, 2), (3, 1)]
-
-
 def test_without_another_seed_there_is_nothing_to_take_together(tmp_path: Path):
     write(tmp_path / "a", {"patch.length": 1}, 0.3)
     write(tmp_path / "b", {"patch.length": 2}, 0.2)
@@ -275,78 +258,6 @@ def test_a_failed_run_whose_config_was_never_resolved_names_no_keys(sweep: Path)
     assert [record.settings["method.length"] for record in found.failed] == [900]
 
 
-def test_of_several_models_no_base_is_drawn_and_all_are_listed(tmp_path: Path):
-    for model in ("small", "large"):
-        for seed in (0, 1):
-            write(tmp_path / f"{model},{seed}", {"model.name": model, "seed": seed}, 0.2)
-    found = comparison(find_records([tmp_path]))
-    assert found.keys == ["model.name", "seed"]
-    assert [line.values.get("model.name") for line in found.lines if not line.records] == ["large", "small"]
-    assert "dashed: base" not in "".join(panel.svg for panel in panels(found))
-
-
-# --- which figures suit -----------------------------------------------------------------------------------------------
-
-
-def titles(folder: Path) -> list[str]:
-    return [panel.title for panel in panels(comparison(find_records([folder])))]
-
-
-def test_a_number_is_an_axis(sweep: Path):
-    drawn = panels(comparison(find_records([sweep])))
-    assert [panel.title for panel in drawn] == [
-        "toxic rate (rtp, svm)",
-        "toxic rate (rtp, bilstm)",
-        "median PPL (rtp, g)",
-        "frontier: lower left is best",
-    ]
-    assert "by patch.length: patch 1: 0.31, 10: 0.21, 50: 0.11" in drawn[0].svg
-
-
-def test_runs_of_a_search_are_points_and_no_curves(tmp_path: Path):
-    for i, (beta, rate) in enumerate(((0.1, 0.01), (0.2, 0.03), (0.4, 0.02))):
-        run = write(tmp_path / str(i), {"dpo.beta": beta, "dpo.lr": rate}, 0.1 * i, ppl=50 - i)
-        (run / ".hydra").mkdir()
-        (run / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([f"dpo.beta={beta}", f"dpo.lr={rate}"]))
-    drawn = panels(comparison(find_records([tmp_path])))
-    assert any("by dpo.lr: runs 0.01: 0, 0.02: 0.2, 0.03: 0.1" in panel.svg for panel in drawn)
-    assert drawn[-1].title.startswith("frontier") and "no other beats" in drawn[-1].note
-
-
-def test_methods_are_bars_sizes_and_times(tmp_path: Path):
-    for name, arm, value, size in (
-        ("none", "base", 0.4, 0),
-        ("patch", "patch", 0.2, 28800),
-        ("lora", "lora", 0.1, 300_000),
-    ):
-        write(tmp_path / name, {"method.name": name}, value, arm, size=size)
-    assert titles(tmp_path) == [
-        "toxic rate (rtp, svm)",
-        "toxic rate (rtp, bilstm)",
-        "median PPL (rtp, g)",
-        "risk against size",
-        "time for each further token (1 prompt of 32 tokens)",
-    ]
-
-
-def test_seeds_alone_are_bars_with_the_intervals_of_each(tmp_path: Path):
-    for seed in (0, 1, 2):
-        write(tmp_path / f"seed={seed}", {"seed": seed}, 0.1 + 0.1 * seed)
-    found = comparison(find_records([tmp_path]))
-    drawn = panels(found)
-    assert drawn[0].title == "toxic rate (rtp, svm)" and "seed 0 0.1, seed 1 0.2, seed 2 0.3" in drawn[0].svg
-    assert not any("frontier" in panel.title for panel in drawn)
-    compare([tmp_path], tmp_path)
-    assert "whiskers are 95 % intervals over prompts" in (tmp_path / "compare.html").read_text()
-
-
-def test_one_run_has_a_table_and_no_figures(tmp_path: Path):
-    write(tmp_path / "only", {}, 0.2)
-    assert titles(tmp_path) == []
-    found = compare([tmp_path / "only"], tmp_path)
-    assert found.keys == [] and len(found.lines) == 2
-
-
 @pytest.mark.parametrize(
     ("key", "name"),
     [
@@ -390,15 +301,3 @@ def test_settings_are_in_order_and_numbers_are_no_truth_values(sweep: Path):
     found = comparison(find_records([sweep]))
     assert [line.values["patch.length"] for line in found.lines[1:]] == [1, 1, 10, 10, 50, 50]
     assert "| patch | 1 | 1 |" in written(found)
-
-
-def test_every_figure_is_a_file_of_its_own(sweep: Path, tmp_path: Path):
-    found = compare([sweep], tmp_path / "out")
-    files = sorted((tmp_path / "out" / "figures").glob("*.svg"))
-    assert len(files) == len({panel.title for panel in panels(found)}) > 1
-    for path in files:
-        root = ET.parse(path).getroot()
-        assert root.tag.endswith("svg") and root[0].get("fill") == "white"
-        assert root[1].text and slug(root[1].text) == path.stem
-        # Every colour of the page's falls back on one of its own.
-        assert not re.search(r"var\(--[\w-]+\)", path.read_text())
