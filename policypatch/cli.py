@@ -27,6 +27,7 @@ from policypatch.logs import quiet_libraries
 
 os.environ.setdefault("POLICYPATCH_HOME", str(CONF.parent))  # conf/config.yaml finds experiments/ by it
 REFUSALS, TOXICITY = ("refusal", "likelihood", "refusal_openings"), ("svm", "bilstm")
+GENDER = ("words", "names")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -124,9 +125,12 @@ def measured(model: bool = True) -> dict[str, list[dict[str, Any]]]:
     part = quality.objectives()
     rows = quality.auc_table(made, part.texts, part.labels, prompts=part.prompts, mean=False)
     tables[part.name] = [asdict(row) for row in rows]
-    toxic = _made([], "risk.judges", TOXICITY)
+    toxic = _made(["risk=toxicity"], "risk.judges", TOXICITY)
     part = quality.hate_speech()
     tables[part.name] = [asdict(row) for row in quality.auc_table(toxic, part.texts, part.labels)]
+    part = quality.gendered()
+    words = _made(["risk=gender_bias"], "risk.judges", GENDER)
+    tables[part.name] = [asdict(row) for row in quality.auc_table(words, part.texts, part.labels, mean=False)]
     ranks = quality.rank_table(toxic, *quality.perspective_scores())
     tables["Spearman's rank correlation with Perspective"] = [asdict(row) for row in ranks]
     return tables
@@ -135,7 +139,7 @@ def measured(model: bool = True) -> dict[str, list[dict[str, Any]]]:
 def _made(overrides: list[str], where: str, names: tuple[str, ...] | list[str]) -> list[Any]:
     """Judges of conf/, in this order."""
     quiet_libraries()
-    node: Any = composed(["risk=toxicity", *overrides])
+    node: Any = composed(overrides)
     try:
         for key in where.split("."):
             node = node[key]

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from policypatch.data.prompts import PromptSet
 from policypatch.data.teachers import SampledTeacher, Teacher
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.probes import Plan, Probe, Reading
@@ -16,6 +14,7 @@ from policypatch.model.base import Base
 from policypatch.model.form import PLAIN
 from policypatch.model.latency import NEW_TOKENS
 from policypatch.model.parts import sliding_window
+from policypatch.places import place_of
 
 SCORER_TOKENS = 2  # of its own that a scorer may need for a token of the base's
 
@@ -111,18 +110,9 @@ def _check(cfg: DictConfig, what: str, reading: Reading, reader: Base, vectors: 
         role, remedy = ("scorer ", ", or take another scorer=") if reading.by_scorer else ("", "")
         after = f" and {new} tokens after it" if new else ""
         number = lengths.index(longest)
-        place = _place(OmegaConf.select(cfg, what.partition(" (")[0]), reading.texts[number]) or f"number {number + 1}"
+        section = OmegaConf.select(cfg, what.partition(" (")[0])
+        place = place_of(section, reading.texts[number]) or f"number {number + 1}"
         raise PolicyPatchError(
             f"{what} has a text of {longest} tokens ({place}): with {vectors} vectors "
             f"before{after} it exceeds the context of {role}{reader.identity.id} ({limit}); shorten it{remedy}"
         )
-
-
-def _place(section: Any, text: str) -> str | None:
-    """The file and row of a text of the prompt sets in a section of the config."""
-    if not isinstance(section, DictConfig):
-        return None
-    if str(section.get("_target_")).endswith(".PromptSet"):
-        prompt_set: PromptSet = instantiate(section)
-        return prompt_set.place_of(text)
-    return next((place for inner in section.values() if (place := _place(inner, text))), None)

@@ -14,6 +14,18 @@ class PolicyPatchError(Exception):
     """
 
 
+class AtPrompt(PolicyPatchError):
+    """A mistake that came up at one prompt; who knows the config adds its file and row (`policypatch.places`).
+
+    Attributes:
+        prompt: the prompt.
+    """
+
+    def __init__(self, message: str, prompt: str = "") -> None:
+        super().__init__(message)
+        self.prompt = prompt
+
+
 class ForeignFolder(PolicyPatchError):
     """A folder that holds a run of another configuration."""
 

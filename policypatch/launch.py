@@ -89,7 +89,8 @@ def _start_ranks(count: int, task: tuple[Any, ...]) -> None:
         number, failure = error.get_first_failure()
         told = failure.message if isinstance(failure.message, str) else failure.message["message"]
         kind, _, sentence = told.partition(": ")
-        if kind == PolicyPatchError.__name__:
+        kinds: list[type[PolicyPatchError]] = [PolicyPatchError, *PolicyPatchError.__subclasses__()]
+        if kind in {one.__name__ for one in kinds}:
             raise PolicyPatchError(sentence) from None
         raise RuntimeError(f"rank {number} failed: {told}") from None
 

@@ -26,6 +26,7 @@ from policypatch.model.base import Base
 from policypatch.model.latency import Load
 from policypatch.outcome import PACKAGES, package, package_measured, record, say
 from policypatch.patch.lineage import packages
+from policypatch.places import told_by_row
 from policypatch.prepare import Prepared, prepare
 from policypatch.progress import Clock
 from policypatch.report.records import FAILED
@@ -75,7 +76,8 @@ def run(cfg: DictConfig, folder: Path, overrides: str, arguments: list[str]) -> 
             write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
         arms, pair_set, training = [Arm("base")], None, None
         if isinstance(ready.method, Trained):
-            pair_set = trained_arms(cfg, ready, ready.method, arms, clock, tracker, folder)
+            with told_by_row(cfg):
+                pair_set = trained_arms(cfg, ready, ready.method, arms, clock, tracker, folder)
             training = Training.sum([stage_cost(folder, stage) for stage in ("sft", "dpo")])
         elif isinstance(ready.method, Untrained):
             arms += ready.method.arms(ready.teachers)
@@ -141,7 +143,7 @@ def _measured(
     """
     ends = arms[1:] if isinstance(ready.method, Untrained) else arms[1:][-1:]
     asked = arms if cfg.evaluate.after_sft else [arms[0], *ends]
-    with clock("evaluate"):
+    with clock("evaluate"), told_by_row(cfg):
         probes = ready.own, ready.others
         scorecard = evaluate_arms(ready.bench(cfg), *probes, ready.filter_judges, asked, folder, [arms[0], *ends])
     if ends:

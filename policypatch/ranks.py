@@ -172,7 +172,7 @@ def agree(do: Callable[[], T]) -> list[T]:
     """Have every rank do something; what each came to, on all of them.
 
     Raises:
-        Exception: on a rank that failed, what it raised; on every other one PolicyPatchError with the first's message.
+        Exception: on a rank that failed, what it raised; on every other one the first's, as a PolicyPatchError.
     """
     if size() == 1:
         return [do()]
@@ -185,14 +185,14 @@ def agree(do: Callable[[], T]) -> list[T]:
     if failure is not None:
         raise failure
     if faults := [fault for _, fault in told if fault is not None]:
-        raise PolicyPatchError(faults[0])
+        raise faults[0]
     return [result for result, _ in told]  # type: ignore[misc]
 
 
-def _said(error: Exception) -> str:
+def _said(error: Exception) -> PolicyPatchError:
     if isinstance(error, PolicyPatchError):
-        return str(error)
-    return f"rank {rank()} on {socket.gethostname()}: {type(error).__name__}: {error}"
+        return error
+    return PolicyPatchError(f"rank {rank()} on {socket.gethostname()}: {type(error).__name__}: {error}")
 
 
 def once(do: Callable[[], T]) -> T:

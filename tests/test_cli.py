@@ -51,7 +51,7 @@ def test_judges_of_conf_are_made_in_order():
 @pytest.mark.slow
 def test_the_real_table():
     tables = cli.measured(model=False)
-    assert [len(rows) for rows in tables.values()] == [2, 2, 2, 2, 2, 3, 2]
+    assert [len(rows) for rows in tables.values()] == [2, 2, 2, 2, 2, 3, 2, 2]
 
 
 def test_the_cache_is_told_and_cleaned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

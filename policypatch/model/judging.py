@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from policypatch import ranks
-from policypatch.errors import PolicyPatchError
+from policypatch.errors import AtPrompt, PolicyPatchError
 from policypatch.files.arrays import rows_array
 
 log = logging.getLogger(__name__)
@@ -102,9 +102,12 @@ def judged_in_batches(
             try:
                 given = judge.score(texts[part], prompts[part])
             except PolicyPatchError as error:
-                if len(rows) == len(texts) or not re.search(r"\btext \d+\b", str(error)):
+                at = re.search(r"\btext (\d+)\b", str(error))
+                if at is None or not 1 <= int(at[1]) <= len(rows):
                     raise
-                raise PolicyPatchError(f"{error} (counted from {_place(rows.start, k)} on)") from error
+                number = rows.start + int(at[1]) - 1  # of all texts, where the judge counts those that it was asked
+                told = f"{str(error)[: at.start()]}{_place(number, k)}{str(error)[at.end() :]}"
+                raise AtPrompt(told, prompts[number]) from error
             except Exception as error:  # whatever a user's judge, or a library below it, raises
                 first = first or error
                 if len(rows) > 1:
@@ -113,12 +116,13 @@ def judged_in_batches(
                     continue
                 failed.append(rows.start)
                 if len(failed) > most:
-                    raise PolicyPatchError(
+                    raise AtPrompt(
                         f"judge {judge.name}: failed on {len(failed)} of {of} texts, which is too many: mend "
-                        f"it or do without; the first is {_place(failed[0], k)} ({type(first).__name__}: {first})"
+                        f"it or do without; the first is {_place(failed[0], k)} ({type(first).__name__}: {first})",
+                        prompts[failed[0]],
                     ) from first
                 continue
-            given = checked_scores(judge, given, len(rows), k, rows.start)
+            given = checked_scores(judge, given, prompts[part], k, rows.start)
             scores[rows.start - batch.start : rows.stop - batch.start] = given
         yield scores
     if failed:
@@ -128,13 +132,15 @@ def judged_in_batches(
         )
 
 
-def checked_scores(judge: CompletionJudge, given: Any, texts: int, k: int = 1, start: int = 0) -> np.ndarray:
+def checked_scores(
+    judge: CompletionJudge, given: Any, prompts: Sequence[str], k: int = 1, start: int = 0
+) -> np.ndarray:
     """(texts,) scores, which a judge of the user's own may not have checked: a NaN would turn up much later.
 
     Args:
         judge: who gave them.
         given: what it gave.
-        texts: how many it was asked about.
+        prompts: (texts,) of the texts that it was asked about.
         k: completions a prompt.
         start: number of the first text, from 0.
 
@@ -142,15 +148,16 @@ def checked_scores(judge: CompletionJudge, given: Any, texts: int, k: int = 1, s
         PolicyPatchError: another number of scores, or one that is not in [0, 1] by more than a rounding error.
     """
     scores = np.asarray(given, dtype=np.float64)
-    if scores.shape != (texts,):
+    if scores.shape != (len(prompts),):
         raise PolicyPatchError(
-            f"judge {judge.name}: returned scores of shape {scores.shape} for {texts} texts: give one for each"
+            f"judge {judge.name}: returned scores of shape {scores.shape} for {len(prompts)} texts: give one for each"
         )
     wrong = np.flatnonzero(~((scores >= -1e-6) & (scores <= 1 + 1e-6)))  # written so that NaN is wrong too
     if len(wrong):
         number = int(wrong[0])
-        raise PolicyPatchError(
-            f"judge {judge.name}: {_place(start + number, k)} scored {scores[number]}, which is not in [0, 1]"
+        raise AtPrompt(
+            f"judge {judge.name}: {_place(start + number, k)} scored {scores[number]}, which is not in [0, 1]",
+            prompts[number],
         )
     return np.clip(scores, 0.0, 1.0)
 

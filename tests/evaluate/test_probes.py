@@ -172,7 +172,7 @@ def test_a_judge_that_answers_with_nan_ends_it_in_one_sentence_and_the_samples_a
             return np.full(len(texts), np.nan)
 
     reset_counters()
-    with pytest.raises(PolicyPatchError, match=r"judge broken: text \d+ scored nan") as caught:
+    with pytest.raises(PolicyPatchError, match=r"judge broken: completion \d of prompt \d+ scored nan") as caught:
         toxicity(judges={"one": JUDGES["one"], "broken": Broken("broken")}).measure(bench, arm())
     assert "\n" not in str(caught.value)
     toxicity().measure(bench, arm())
