@@ -58,7 +58,8 @@ def shipped(arm: Arm) -> int:
 def size_rows(arm: Arm, base: Base, training: Training | None) -> list[Row]:
     """Trainable parameters and their share of the base's, bytes of what is shipped, and what the training took."""
     count = trainable(arm)
-    own = sum(p.numel() for name, p in base.model.named_parameters() if not is_adapter(name))
+    adapters = sum(p.numel() for name, p in base.model.named_parameters() if is_adapter(name))
+    own = base.model.num_parameters() - adapters  # which knows that a byte of 4-bit weights holds two
     found = {"trainable_parameters": count, "parameter_share": count / own, "artifact_bytes": shipped(arm)}
     if training is not None:
         found |= {

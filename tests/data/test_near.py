@@ -1,10 +1,12 @@
 """Near-duplicates among short requests: another frame, another order, another form of a word; and what is none."""
 
 import time
+from pathlib import Path
 
 import pytest
 
-from policypatch.data.near import near_duplicates
+import policypatch
+from policypatch.data.near import near_duplicates, normalise
 from policypatch.errors import PolicyPatchError
 
 OTHERS = [
@@ -57,3 +59,15 @@ def test_hundreds_of_texts_take_no_time():
     started = time.monotonic()
     near_duplicates(texts[:520], texts[500:])
     assert time.monotonic() - started < 2
+
+
+def test_the_benign_requests_that_ship_are_measured_on_others_than_those_trained_on():
+    folder = Path(policypatch.__file__).parent / "risks" / "prompts"
+    plain, scary, plain_eval, scary_eval = (
+        (folder / f"{name}.txt").read_text("utf-8").splitlines()
+        for name in ("benign_train", "scary_train", "benign_eval", "scary_eval")
+    )
+    assert len(plain) >= 200 and min(len(scary), len(plain_eval), len(scary_eval)) >= 100
+    trained, measured = [*plain, *scary], [*plain_eval, *scary_eval]
+    assert len({normalise(text) for text in [*trained, *measured]}) == len(trained) + len(measured)
+    assert near_duplicates(trained, measured, 0.45) == set()
