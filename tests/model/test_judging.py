@@ -1,12 +1,13 @@
 """Judges that fail on texts: which ones is found, the rest keep their scores, and a broken judge is not believed."""
 
 import logging
+import pickle
 
 import numpy as np
 import pytest
 from tiny_run import HashJudge
 
-from policypatch.errors import PolicyPatchError
+from policypatch.errors import AtPrompt, PolicyPatchError
 from policypatch.model.completions import Completions
 from policypatch.model.judging import judged, judged_in_batches, judgements
 
@@ -133,7 +134,7 @@ def test_of_several_ranks_each_looks_at_its_own_share(monkeypatch, tmp_path):
         judgements(Picky(*TEXTS), [[text] for text in TEXTS], TEXTS, {"texts": TEXTS})
 
 
-def test_what_a_judge_counts_from_the_first_it_was_asked_about_is_said_to_be_so():
+def test_what_a_judge_counts_from_the_first_it_was_asked_about_is_told_by_its_own_place():
     class Counting(Picky):
         def score(self, texts, prompts=None):
             if TEXTS[25] in texts:
@@ -141,5 +142,7 @@ def test_what_a_judge_counts_from_the_first_it_was_asked_about_is_said_to_be_so(
             return super().score(texts, prompts)
 
     batches = [range(0, 20), range(20, 40)]
-    with pytest.raises(PolicyPatchError, match=r"text 6 is odd \(counted from completion 1 of prompt 6 on\)"):
+    with pytest.raises(AtPrompt, match=r"^judge picky: completion 2 of prompt 7 is odd$") as caught:
         list(judged_in_batches(Counting(), TEXTS, TEXTS, 4, batches, 40))
+    assert caught.value.prompt == TEXTS[25]
+    assert pickle.loads(pickle.dumps(caught.value)).prompt == TEXTS[25]  # as ranks tell it each other
