@@ -14,7 +14,7 @@ from policypatch.model.base import Base
 from policypatch.model.form import PLAIN
 from policypatch.model.latency import NEW_TOKENS
 from policypatch.model.parts import sliding_window
-from policypatch.places import place_of
+from policypatch.places import file_and_row
 
 SCORER_TOKENS = 2  # of its own that a scorer may need for a token of the base's
 
@@ -111,7 +111,7 @@ def _check(cfg: DictConfig, what: str, reading: Reading, reader: Base, vectors: 
         after = f" and {new} tokens after it" if new else ""
         number = lengths.index(longest)
         section = OmegaConf.select(cfg, what.partition(" (")[0])
-        place = place_of(section, reading.texts[number]) or f"number {number + 1}"
+        place = file_and_row(section, reading.texts[number]) or f"number {number + 1}"
         raise PolicyPatchError(
             f"{what} has a text of {longest} tokens ({place}): with {vectors} vectors "
             f"before{after} it exceeds the context of {role}{reader.identity.id} ({limit}); shorten it{remedy}"

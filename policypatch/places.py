@@ -13,14 +13,14 @@ from policypatch.data.prompts import PromptSet
 from policypatch.errors import AtPrompt
 
 
-def place_of(section: Any, text: str) -> str | None:
+def file_and_row(section: Any, text: str) -> str | None:
     """The file and row of a text of the prompt sets in a section of the config; None where it is in none of them."""
     if not isinstance(section, DictConfig):
         return None
     if str(section.get("_target_")).endswith(".PromptSet"):
         prompt_set: PromptSet = instantiate(section)
         return prompt_set.place_of(text)
-    return next((place for inner in section.values() if (place := place_of(inner, text))), None)
+    return next((place for inner in section.values() if (place := file_and_row(inner, text))), None)
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def told_by_row(cfg: DictConfig) -> Iterator[None]:
     try:
         yield
     except AtPrompt as error:
-        place = next((found for key in ("risk", "others") if (found := place_of(cfg.get(key), error.prompt))), None)
+        place = next((found for key in ("risk", "others") if (found := file_and_row(cfg.get(key), error.prompt))), None)
         if place:
             error.args = (f"{error} (the prompt is from {place})",)
         raise

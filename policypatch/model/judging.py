@@ -16,6 +16,7 @@ from policypatch.files.arrays import rows_array
 log = logging.getLogger(__name__)
 
 AT_ONCE = 192  # texts, of which judges may make batches of their own
+OWN_COUNT = re.compile(r"\btext (\d+)\b")  # how a judge says which of the texts it was asked about
 
 MOST_FAILED = 0.05
 """Share of the texts that a judge may fail on; one that fails on more is broken, and its figures would be as well."""
@@ -102,11 +103,11 @@ def judged_in_batches(
             try:
                 given = judge.score(texts[part], prompts[part])
             except PolicyPatchError as error:
-                at = re.search(r"\btext (\d+)\b", str(error))
+                at = OWN_COUNT.search(str(error))
                 if at is None or not 1 <= int(at[1]) <= len(rows):
                     raise
                 number = rows.start + int(at[1]) - 1  # of all texts, where the judge counts those that it was asked
-                told = f"{str(error)[: at.start()]}{_place(number, k)}{str(error)[at.end() :]}"
+                told = OWN_COUNT.sub(_place(number, k), str(error), count=1)
                 raise AtPrompt(told, prompts[number]) from error
             except Exception as error:  # whatever a user's judge, or a library below it, raises
                 first = first or error

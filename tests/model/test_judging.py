@@ -1,7 +1,7 @@
 """Judges that fail on texts: which ones is found, the rest keep their scores, and a broken judge is not believed."""
 
 import logging
-import pickle
+from copy import copy
 
 import numpy as np
 import pytest
@@ -145,4 +145,4 @@ def test_what_a_judge_counts_from_the_first_it_was_asked_about_is_told_by_its_ow
     with pytest.raises(AtPrompt, match=r"^judge picky: completion 2 of prompt 7 is odd$") as caught:
         list(judged_in_batches(Counting(), TEXTS, TEXTS, 4, batches, 40))
     assert caught.value.prompt == TEXTS[25]
-    assert pickle.loads(pickle.dumps(caught.value)).prompt == TEXTS[25]  # as ranks tell it each other
+    assert copy(caught.value).prompt == TEXTS[25]  # ranks tell it each other, which takes it apart in the same way
