@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_run import ROOT, patch_of
+from tiny_server import listening
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -15,6 +16,7 @@ from policypatch.cli import app
 from policypatch.model import applied
 from policypatch.model.base import Base
 from policypatch.patch.artifact import load, save
+from policypatch.serve.engine import Engine
 
 BLOCKS = re.findall(r"```(\w*)([^\n]*)\n(.*?)```", (ROOT / "docs" / "patches.md").read_text("utf-8"), re.S)
 
@@ -32,10 +34,23 @@ def test_they_run(tiny_base: Base, tiny_base_folder: Path, tmp_path: Path, monke
         assert (name, result.exit_code) == ("policypatch", 0), f"{command}: {result.output}"
     capsys.readouterr()
     for language, how, block in BLOCKS:
-        if language and how != " norun":  # those need a server
+        if language and how != " served":
             exec(compile(block, "docs/patches.md", "exec"), {})
     assert capsys.readouterr().out == "tox_bias ['tox', 'bias']\n"
     assert torch.equal(load(tmp_path / "both").vectors, load(tmp_path / "both_again").vectors)
+
+
+def test_the_one_that_asks_a_server_runs(tiny_base: Base):
+    patches = {name: patch_of(tiny_base, name, start).vectors for name, start in (("tox", 10), ("bias", 20))}
+    blocks = [block for language, how, block in BLOCKS if (language, how) == ("python", " served")]
+    with listening(tiny_base, Engine(tiny_base, patches, rows=2, context=128, waiting=2)) as address:
+        for block in blocks:
+            told: dict = {}
+            exec(compile(block.replace("http://127.0.0.1:8000", address), "docs/patches.md", "exec"), told)
+            assert told["answer"].model == "base+tox"
+            assert told["answer"].usage.completion_tokens > 0
+            told["client"].close()
+    assert len(blocks) == 1
 
 
 def test_the_cards_own_run(tiny_base: Base, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

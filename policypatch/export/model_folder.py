@@ -20,6 +20,7 @@ from policypatch.patch.artifact import Patch, check_base
 
 ABOUT = "policypatch.json"  # what the folder was made of
 PROBE = [5, 6, 7, 8, 9, 10]  # tokens that the exported folder is tried on
+MARGIN, UNLIKELY = 100, 1e-6  # a word may be so much likelier there than where it was tried; and may be this likely
 CHATS = (
     [{"role": "user", "content": "Hello"}],
     [{"role": "user", "content": " a\n"}, {"role": "assistant", "content": "b"}],
@@ -138,19 +139,27 @@ def _check(
     """Refuse a folder that does not do what the base behind the vectors does."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **NO_CODE).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+    new = tokenizer.convert_tokens_to_ids(words.all)
     for stack, expected in before.items():
         text, names = words.text(stack), words.names(stack)
         ids = tokenizer(text, add_special_tokens=False).input_ids if text else []
         if ids != tokenizer.convert_tokens_to_ids([word for name in names for word in words.of[name]]):
             raise PolicyPatchError(f"the tokenizer does not read the words of {stack} as such: it cannot be extended")
-        found = model(torch.tensor([[*ids, *PROBE]], device=model.device)).logits[0, len(ids) : -1, :size].float()
+        logits = model(torch.tensor([[*ids, *PROBE]], device=model.device)).logits[0, len(ids) : -1].float()
+        found = logits[:, :size]
         worst = ((found - expected[:, :size].to(found)).abs().max() / expected.std().clamp(min=1e-6)).item()
         if not worst <= (1e-3 if dtype == torch.float32 else 0.2):
             raise PolicyPatchError(
                 f"behind the words of {stack} the exported model's logits differ by {worst:.1e} of their spread from "
                 f"those behind the vectors: {type(model).__name__} cannot be exported so"
             )
+        written = logits.softmax(1)[:, new].sum(1).max().item()
+        if not written <= max(words.likeliest * MARGIN, UNLIKELY):
+            raise PolicyPatchError(
+                f"behind the words of {stack} the exported model would write a word with probability {written:.1e}: "
+                f"{type(model).__name__} cannot be exported so"
+            )
         for chat, old in zip(CHATS, chats, strict=False):
-            new = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, patch=stack)
-            if new != text + old:
+            now = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, patch=stack)
+            if now != text + old:
                 raise PolicyPatchError("the base's chat template does not go on as before behind the words of a patch")

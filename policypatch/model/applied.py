@@ -202,13 +202,14 @@ def _shift(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     given = kwargs.get("inputs_embeds")
     given = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
     assert given is not None
-    if past is None or type(past) is DynamicCache:  # others do not know how many tokens they hold
-        _check_room(context_of(module.config), state.longest, past.get_seq_length() if past else 0, given.shape[1])
+    seen = 0 if past is None else past.get_seq_length()
+    # A static cache counts in a tensor: read for every token, it would make an accelerator wait.
+    if isinstance(seen, int) or seen.device.type == "cpu" or given.shape[1] > 1:
+        _check_room(context_of(module.config), state.longest, int(seen), given.shape[1])
     if past is not None:
         adopt(past, state.front, state.depth)
     positions = kwargs.get("position_ids")
     if positions is None:
-        seen = 0 if past is None else past.get_seq_length()
         positions = (torch.arange(given.shape[1], device=given.device) + seen)[None]
     lengths = state.lengths(given.shape[0])
     shift = torch.tensor(lengths, device=positions.device)[:, None] if len(set(lengths)) > 1 else lengths[0]

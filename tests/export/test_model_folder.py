@@ -1,6 +1,7 @@
 """The exported folder computes what the base behind the vectors does, and leaves the base as it was."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from tiny_run import patch_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from policypatch.errors import PolicyPatchError
+from policypatch.export import model_folder
 from policypatch.export.model_folder import ABOUT, export_tokens
+from policypatch.export.words import Words, words_of
 from policypatch.model.backbone import plain_logits
 from policypatch.model.base import Base, identify
 from policypatch.model.load import load_base
@@ -63,6 +66,20 @@ def test_the_words_are_not_written(loaded):
     assert model.generation_config.suppress_tokens == list(range(300, 305))
     text = model.generate(torch.tensor([PROMPT] * 64), do_sample=True, max_new_tokens=16, pad_token_id=2)
     assert int(text.max()) < 300
+
+
+def test_a_folder_that_would_write_words_is_refused(
+    tiny_base: Base, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """This base's head has no row that silences a word, and so each has some probability; told as never written."""
+
+    def silent(*arguments) -> Words:
+        return replace(words_of(*arguments), likeliest=0.0)
+
+    monkeypatch.setattr(model_folder, "words_of", silent)
+    with pytest.raises(PolicyPatchError, match=r"would write a word with probability"):
+        export_tokens(fresh(tiny_base_folder), [patch_of(tiny_base, "tox", 10)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_text_and_chats_have_the_default_first_once(loaded, tiny_base: Base):

@@ -327,10 +327,11 @@ def test_a_model_that_is_moved_takes_its_stack_along(model):
     assert close.abs().max() < 0.1 * expected.std()
 
 
-def test_a_turn_beyond_the_context_is_refused_and_an_answer_beyond_it_is_told(model):
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_turn_beyond_the_context_is_refused_and_an_answer_beyond_it_is_told(model, kind):
     context = model.config.max_position_embeddings
     apply(model, vectors_for(model, 3))
-    cache = DynamicCache()
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=context)
     model(input_ids=torch.ones(1, context - 5, dtype=torch.long), past_key_values=cache)
     with pytest.raises(PolicyPatchError, match=f"3 vectors and {context - 5} tokens and 3 more exceed"):
         model(input_ids=torch.ones(1, 3, dtype=torch.long), past_key_values=cache)

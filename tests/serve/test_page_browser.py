@@ -5,19 +5,15 @@ Set REPORT_SHOTS to a folder to keep the screenshots.
 
 import os
 import shutil
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
-from tiny_run import patch_of
+from tiny_server import listening
 
-from policypatch.serve.app import create_app
 from policypatch.serve.engine import Engine
 from policypatch.serve.protocol import ChatAsked, read
 from policypatch.serve.served import Served
@@ -33,17 +29,8 @@ KEY = "a key of many letters"
 @pytest.fixture(params=[None, KEY], ids=["open", "with a key"])
 def address(request: pytest.FixtureRequest, engine: Engine, tiny_base) -> Iterator[str]:
     """Of a server that listens on the loopback."""
-    manifests = {name: patch_of(tiny_base, name, start).manifest for name, start in (("tox", 10), ("bias", 40))}
-    app = create_app(Served(engine, manifests, request.param))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
+    with listening(tiny_base, engine, request.param) as address:
+        yield address
 
 
 @pytest.fixture(params=[(1280, False), (400, True)], ids=["wide and light", "narrow and dark"])
