@@ -139,6 +139,7 @@ def identify(
         config=hashlib.sha256(json.dumps(_architecture(model), sort_keys=True).encode()).hexdigest(),
         tokenizer=vocabulary,
         chat_template=template,
+        context=context_of(model.config),
     )
 
 
@@ -158,14 +159,19 @@ def _bf16_bytes(values: Tensor) -> bytes:
 
 
 def _architecture(model: PreTrainedModel) -> dict[str, Any]:
-    """The settings that shape the computation; not where it came from, nor what it is loaded as."""
+    """The settings that shape the computation; not where it came from, what it is loaded as, pads with or returns."""
     config = model.config.to_dict()
     passing = (
         "_name_or_path",
         "transformers_version",
+        "architectures",
         "dtype",
         "torch_dtype",
         "use_cache",
         "quantization_config",
+        "pad_token_id",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
     )
     return {k: v for k, v in config.items() if k not in passing and not k.startswith("_")}

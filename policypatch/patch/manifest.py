@@ -31,6 +31,7 @@ class BaseIdentity:
         config: digest of the architecture's settings.
         tokenizer: digest of the vocabulary and its rules.
         chat_template: digest of the chat template, of the empty string where there is none.
+        context: positions that the base has, None where it sets no limit or that is not known.
     """
 
     id: str
@@ -40,11 +41,12 @@ class BaseIdentity:
     config: str
     tokenizer: str
     chat_template: str
+    context: int | None = None
 
     @classmethod
     def digests(cls) -> list[str]:
-        """Names of the digests; where a copy came from (id, revision) is none."""
-        return [f.name for f in fields(cls) if f.name not in ("id", "revision")]
+        """Names of the digests; where a copy came from (id, revision) is none, and `config` covers the context."""
+        return [f.name for f in fields(cls) if f.name not in ("id", "revision", "context")]
 
     def differences(self, other: BaseIdentity) -> list[str]:
         """Names of the digests that differ."""
@@ -90,9 +92,10 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, checked against the schema."""
         data = asdict(self)
-        for parent in data["parents"]:
-            if parent["base"] is None:  # as it was read: a signature is over the very bytes
-                del parent["base"]
+        # As it was read: a signature is over the very bytes.
+        for optional, key in [(data["base"], "context"), *((parent, "base") for parent in data["parents"])]:
+            if optional[key] is None:
+                del optional[key]
         _validate(data, "the manifest")
         return data
 

@@ -30,7 +30,7 @@ def stack(
         patches: two or more for one base, (L_i, D) each.
         name: of the stack; the parts' names joined by default.
         version: of the stack.
-        context: positions of the base, where known.
+        context: positions of the base, those of the first one's manifest by default.
         alone: one patch may be a stack, too.
 
     Returns:
@@ -45,6 +45,7 @@ def stack(
     check_parts(patches)
     first = patches[0].manifest
     vectors = torch.cat([patch.vectors for patch in patches])
+    context = first.base.context if context is None else context
     if context is not None and len(vectors) >= context:
         raise PolicyPatchError(
             f"the stack has {len(vectors)} vectors and {first.base.id} a context of {context}: no token would fit"

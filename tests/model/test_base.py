@@ -79,6 +79,13 @@ def test_digests_do_not_move_between_calls(tiny_base: Base):
     assert identify(tiny_base.model, tiny_base.tokenizer, "tiny", "local") == tiny_base.identity
 
 
+def test_what_a_customer_pads_with_or_wants_returned_is_no_other_base(tiny_llama, tiny_tokenizer):
+    before = identify(tiny_llama, tiny_tokenizer, "tiny", "local")
+    tiny_llama.config.pad_token_id, tiny_llama.config.output_hidden_states = 1, True
+    assert identify(tiny_llama, tiny_tokenizer, "tiny", "local") == before
+    assert before.context == 512
+
+
 def test_a_tokenizer_that_has_padded_and_cut_is_the_same(tiny_base: Base, tiny_base_folder: Path):
     tokenizer = T.AutoTokenizer.from_pretrained(tiny_base_folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

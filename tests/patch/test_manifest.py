@@ -1,7 +1,7 @@
 """The manifest's schema and its dataclass say the same, and the card tells the manifest in words."""
 
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from importlib.resources import files
 
 import jsonschema
@@ -29,7 +29,7 @@ def names(cls: type) -> list[str]:
 def test_schema_and_dataclass_agree(cls, schema):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert sorted(schema["properties"]) == names(cls)
-    optional = {field.name for field in fields(cls) if field.default is None} if cls is Parent else set()
+    optional = {field.name for field in fields(cls) if field.default is None} if cls is not Manifest else set()
     assert sorted({*schema["required"], *optional}) == names(cls)
     assert schema["additionalProperties"] is False
 
@@ -47,6 +47,12 @@ def test_there_and_back_through_json(make_patch):
 
 def test_optional_parts_may_be_empty(make_patch):
     manifest = make_patch(data_sha256=None, parents=[], training={}, scorecard=[], packages={}).manifest
+    assert Manifest.from_json(manifest.to_json(), "here") == manifest
+
+
+def test_the_bases_positions_are_kept_where_known(make_patch, identity):
+    assert "context" not in make_patch().manifest.to_json()["base"]
+    manifest = make_patch(base=replace(identity, context=512)).manifest
     assert Manifest.from_json(manifest.to_json(), "here") == manifest
 
 

@@ -82,6 +82,9 @@ def test_what_does_not_stack_is_refused(pair, identity, make_patch):
             stack(patches, **options)
         assert "\n" not in str(caught.value)
     assert len(stack([a, b], context=6).vectors) == 5
+    told = [replace(p, manifest=replace(p.manifest, base=replace(p.manifest.base, context=5))) for p in (a, b)]
+    with pytest.raises(PolicyPatchError, match="5 vectors and tiny a context of 5"):
+        stack(told)
 
 
 def test_the_command(pair, tmp_path: Path):
