@@ -2,17 +2,20 @@
 
     python experiments/interference.py outputs/composition --out experiments/results/composition [--name matrix]
 
-Writes NAME.json, NAME.png (a heat map) and prints a table in Markdown. Each cell is the mean over seeds with smallest
-and largest, and whether it differs from the patch that is trained against that column's risk, standing alone, which is
-called by the risk's name (where a column is no risk of its own, from the base); ? where that is not among the arms. The
-test is paired over prompts, whose values are averaged over seeds, and Holm's correction is over all cells of a column.
+Writes NAME.json, NAME.png (a heat map) and prints three tables in Markdown. Each cell of the first is the mean over
+seeds with smallest and largest, and whether it differs from the patch that is trained against that column's risk,
+standing alone, which is called by the risk's name (where a column is no risk of its own, from the base); ? where that
+is not among the arms. The second has those differences with their intervals, the third the same patches in one order
+and another. Tests and intervals are paired over prompts, whose values are averaged over seeds, and Holm's correction
+is over all cells of a column, of the third table over all orders.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +27,7 @@ from rich.console import Console
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.drift import holm
 from policypatch.evaluate.scorecard import COST, PER_PROMPT
-from policypatch.evaluate.statistics import paired_difference
+from policypatch.evaluate.statistics import Difference, paired_difference
 from policypatch.files.atomic import atomic_path, read_json, write_json
 from policypatch.report.records import find_records
 
@@ -83,11 +86,12 @@ def main(
     seeds = [record.settings["seed"] for record in runs]
     if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
         raise PolicyPatchError(f"seed {twice[0]} has several runs here: give the runs of one sweep over seeds")
-    found = matrix(cards, values)
-    write_json(out / f"{name}.json", {"seeds": seeds, "rows": found})
+    found, ordered = matrix(cards, values), orders(cards, values)
+    write_json(out / f"{name}.json", {"seeds": seeds, "rows": found, "orders": ordered})
     with atomic_path(out / f"{name}.png") as temporary:
         drawn(found).savefig(temporary, format="png", dpi=110)
-    Console(soft_wrap=True).print(table(found), markup=False, highlight=False)
+    told = [table(found), differences(found), *([orders_table(ordered)] if ordered else [])]
+    Console(soft_wrap=True).print("\n\n".join(told), markup=False, highlight=False)
 
 
 def matrix(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequence[Mapping[str, Any]]]) -> list[Any]:
@@ -97,12 +101,10 @@ def matrix(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequen
         cards: scorecards of runs that differ in their seed.
         values: their values prompt by prompt.
     """
-    shared = [{row["arm"] for row in card} for card in cards]
-    arms = [arm for arm in dict.fromkeys(row["arm"] for row in cards[0]) if all(arm in known for known in shared)]
-    rows: list[dict[str, Any]] = [{"stack": arm, "cells": {}} for arm in arms]
+    rows: list[dict[str, Any]] = [{"stack": arm, "cells": {}} for arm in _arms(cards)]
     for column in COLUMNS:
-        tests: dict[str, float] = {}
-        split = next((one["split"] for one in cards[0] if column.holds(one)), None)
+        tests: dict[str, Difference] = {}
+        split = _split(cards, column)
         against = SPECIALISTS.get(column.metric, BASE)
         for row in rows:
             here = [[one for one in of if _at(one, row["stack"], column, split)] for of in cards]
@@ -113,14 +115,50 @@ def matrix(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequen
             row["cells"][column.title] = {"mean": float(np.mean(each)), "each": each, "against": compared}
             if compared is None:
                 continue
-            ours, theirs = (_mean_values(values, arm, column, split) for arm in (row["stack"], compared))
-            if ours is not None and theirs is not None:
-                tests[row["stack"]] = paired_difference(ours, theirs).p_value
-        differs = dict(zip(tests, holm(list(tests.values()), ALPHA), strict=True))
+            if (test := _compared(values, row["stack"], compared, column, split)) is not None:
+                tests[row["stack"]] = test
+        differs = dict(zip(tests, holm([test.p_value for test in tests.values()], ALPHA), strict=True))
         for row in rows:
             if (stack := row["stack"]) in tests:
-                row["cells"][column.title] |= {"p_value": tests[stack], "differs": differs[stack]}
+                row["cells"][column.title] |= {"difference": asdict(tests[stack]), "differs": differs[stack]}
     return rows
+
+
+def orders(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequence[Mapping[str, Any]]]) -> list[Any]:
+    """The same patches in one order and in another: `one`, `other`, `figure`, `difference`, `differs`.
+
+    Args:
+        cards: scorecards of runs that differ in their seed.
+        values: their values prompt by prompt.
+    """
+    pairs = [(a, b) for a, b in combinations(_arms(cards), 2) if sorted(a.split("+")) == sorted(b.split("+"))]
+    found: list[dict[str, Any]] = []
+    for column in COLUMNS:
+        for one, other in pairs:
+            if (test := _compared(values, one, other, column, _split(cards, column))) is not None:
+                found.append({"one": one, "other": other, "figure": column.title, "difference": asdict(test)})
+    for line, differs in zip(found, holm([line["difference"]["p_value"] for line in found], ALPHA), strict=True):
+        line["differs"] = differs
+    return found
+
+
+def _arms(cards: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Those that all runs have."""
+    shared = [{row["arm"] for row in card} for card in cards]
+    return [arm for arm in dict.fromkeys(row["arm"] for row in cards[0]) if all(arm in known for known in shared)]
+
+
+def _split(cards: Sequence[Sequence[Mapping[str, Any]]], column: Column) -> str | None:
+    """The set that speaks for a figure: the first that has it."""
+    return next((one["split"] for one in cards[0] if column.holds(one)), None)
+
+
+def _compared(
+    values: Sequence[Sequence[Mapping[str, Any]]], arm: str, other: str, column: Column, split: str | None
+) -> Difference | None:
+    """One arm less another, prompt by prompt; None where some run lacks values of either."""
+    ours, theirs = (_mean_values(values, each, column, split) for each in (arm, other))
+    return None if ours is None or theirs is None else paired_difference(ours, theirs)
 
 
 def _at(line: Mapping[str, Any], arm: str, column: Column, split: str | None) -> bool:
@@ -147,6 +185,31 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         lines.append([row["stack"], *(_cell(row["cells"].get(title)) for title in titles)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def differences(rows: Sequence[Mapping[str, Any]]) -> str:
+    """In Markdown: what a cell's values are above those that it is compared with, and the 95 % interval of that."""
+    titles = [title for title in _titles(rows) if any("differs" in row["cells"].get(title, {}) for row in rows)]
+    lines = [["stack, less what it is compared with", *titles], ["---"] * (len(titles) + 1)]
+    for row in rows:
+        cells = [row["cells"].get(title, {}) for title in titles]
+        if any("differs" in cell for cell in cells):
+            lines.append([row["stack"], *(_interval(cell) if "differs" in cell else "–" for cell in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def orders_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """In Markdown: the orders that differ, and how many were compared."""
+    lines = [["one order", "less another", "figure", f"difference (of {len(found)} compared)"], ["---"] * 4]
+    lines += [[line["one"], line["other"], line["figure"], _interval(line)] for line in found if line["differs"]]
+    if len(lines) == 2:
+        lines.append(["none differ", "", "", ""])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _interval(of: Mapping[str, Any]) -> str:
+    found = of["difference"]
+    return f"{found['mean']:+.2g}{'*' if of['differs'] else ''} [{found['low']:.2g}, {found['high']:.2g}]"
 
 
 def _cell(cell: Mapping[str, Any] | None) -> str:

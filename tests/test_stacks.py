@@ -108,7 +108,10 @@ def test_a_stack_is_compared_with_the_specialist_alone(sweep: Path, tmp_path: Pa
     by_stack = {row["stack"]: row["cells"]["toxic rate (svm)"] for row in found["rows"]}
     assert by_stack["toxicity"]["mean"] == pytest.approx(0.15) and by_stack["toxicity"]["each"] == [0.1, 0.2]
     stack = by_stack["bias+toxicity"]
-    assert stack["mean"] == pytest.approx(0.85) and stack["p_value"] < 0.001 and stack["differs"]
+    assert stack["mean"] == pytest.approx(0.85) and stack["differs"]
+    test = stack["difference"]
+    assert test["p_value"] < 0.001 and test["mean"] == pytest.approx(0.7) and test["low"] < 0.7 < test["high"]
+    assert f"| bias+toxicity | +0.7* [{test['low']:.2g}, {test['high']:.2g}] |" in result.stdout
     assert "differs" not in by_stack["base"] and "differs" not in by_stack["toxicity"]
     assert "| bias+toxicity | 0.85* (0.8 to 0.9) | 0.5 (0.5 to 0.5) |" in result.stdout
     assert (tmp_path / "out" / "matrix.png").read_bytes()[:4] == b"\x89PNG"
@@ -134,6 +137,24 @@ def test_of_several_sets_the_first_speaks_in_every_run():
     rows = interference.matrix(cards, values)
     assert [row["cells"]["toxic rate (svm)"]["each"] for row in rows] == [[0.2, 0.4]] * 3
     assert rows[2]["cells"]["toxic rate (svm)"]["differs"] is False
+
+
+def test_orders_of_the_same_patches_are_compared():
+    """24 prompts that one order alone has are no chance; two of another column are."""
+    ones = {"bias+tox": [1.0] * 30 + [0.0] * 10, "tox+bias": [1.0] * 6 + [0.0] * 34, "tox": [0.0] * 40}
+    asr = {"bias+tox": [1.0] * 2 + [0.0] * 38, "tox+bias": [0.0] * 40}
+    where = {"risk": "harmfulness", "metric": "asr", "judge": "refusal"}
+    values = [line(arm, v) for arm, v in ones.items()] + [line(arm, v, **where) for arm, v in asr.items()]
+    cards = [[vars(row(arm, 0.0)) for arm in ones] + [vars(row(arm, 0.0, **where)) for arm in asr]]
+    found = interference.orders(cards, [values])
+    assert [(of["one"], of["other"], of["figure"], of["differs"]) for of in found] == [
+        ("bias+tox", "tox+bias", "toxic rate (svm)", True),
+        ("bias+tox", "tox+bias", "ASR (refusal)", False),
+    ]
+    assert found[0]["difference"]["mean"] == pytest.approx(0.6)
+    told = interference.orders_table(found)
+    assert "difference (of 2 compared)" in told and "| bias+tox | tox+bias | toxic rate (svm) | +0.6* [" in told
+    assert "ASR" not in told and "none differ" in interference.orders_table(found[1:])
 
 
 def test_where_the_specialist_is_no_arm_that_is_shown():
