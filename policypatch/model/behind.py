@@ -37,6 +37,8 @@ class BehindLayer(DynamicLayer):
         self._front: Front | None = None
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._shown: tuple[Tensor, Tensor] | None = None  # the slices of the buffers that keys and values were last
+        self._slots: list[tuple[Tensor, ...]] | None = None  # the buffers' columns from `_first` on, one by one
+        self._first = 0
         if old is not None and old.is_initialized:
             self.keys, self.values = old.keys, old.values
             self.dtype, self.device, self.is_initialized = old.dtype, old.device, True
@@ -66,10 +68,18 @@ class BehindLayer(DynamicLayer):
                 _buffer(front[0], self.keys, old, key_states, end),
                 _buffer(front[1], self.values, old, value_states, end),
             )
-            self._buffers, self._front = buffers, front
-        # narrow, not [:, :, a:b]: this is done for every token in every layer, and takes a third of the time.
-        buffers[0].narrow(2, length + old, new).copy_(key_states)
-        buffers[1].narrow(2, length + old, new).copy_(value_states)
+            self._buffers, self._front, self._slots = buffers, front, None
+        # What follows is done for every token in every layer, and a view of a tensor costs more than its arithmetic: so
+        # narrow, not [:, :, a:b], and all columns that tokens will be written to at once.
+        if new == 1:
+            if self._slots is None:
+                self._first = end - 1
+                self._slots = [buffer.narrow(2, end - 1, buffer.shape[2] - end + 1).split(1, 2) for buffer in buffers]
+            self._slots[0][end - 1 - self._first].copy_(key_states)
+            self._slots[1][end - 1 - self._first].copy_(value_states)
+        else:
+            buffers[0].narrow(2, length + old, new).copy_(key_states)
+            buffers[1].narrow(2, length + old, new).copy_(value_states)
         self.keys, self.values = buffers[0].narrow(2, length, old + new), buffers[1].narrow(2, length, old + new)
         self._shown = self.keys, self.values
         setattr(self.keys, WHOLE, (self.values, buffers[0].narrow(2, 0, end), buffers[1].narrow(2, 0, end)))

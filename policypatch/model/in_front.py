@@ -75,6 +75,7 @@ class Applied:
         positions: (B or 1, T) of the tokens that are being read, where that may be further on than the window.
         masks: of the forward that is under way, made once for all layers: the model's own, what it was made for, and
             itself, by the window and the device.
+        inner: the model's own attention, by the class of a layer's.
     """
 
     kind: str
@@ -86,6 +87,7 @@ class Applied:
     bound: Bound | None = None
     positions: Tensor | None = None
     masks: dict[tuple[object, ...], tuple[Tensor | None, tuple[int, ...], Tensor | None]] = field(default_factory=dict)
+    inner: dict[type, Any] = field(default_factory=dict)
 
     def goes_on(self, cache: Any) -> None:
         """Refuse a cache whose tokens were read behind other stacks: they know those, and stand at their positions."""
@@ -168,7 +170,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention, over the stack's keys and values and then its own."""
     state: Applied = module.__dict__[STATE]
-    inner = ALL_ATTENTION_FUNCTIONS.get_interface(state.kind, _eager_of(module))
+    inner = state.inner.get(type(module)) or _inner(state, type(module))
     whole = whole_of(key, value)
     batch, _, new, _ = query.shape
     if new == 1 and attention_mask is None and whole is not None and len(state.rows) == 1 and state.positions is None:
@@ -200,9 +202,11 @@ def _mask(
     return made
 
 
-def _eager_of(module: nn.Module) -> Any:
-    """The function that the module's own file has for eager attention."""
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+def _inner(state: Applied, kind: type) -> Any:
+    """What a class of attention computes by; eager attention is a function in the class' own file."""
+    eager = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+    found = state.inner[kind] = ALL_ATTENTION_FUNCTIONS.get_interface(state.kind, eager)
+    return found
 
 
 def _widened(mask: Tensor | None, seen: Tensor | None, length: int, new: int, old: int, query: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ from policypatch.model.behind import BehindLayer, adopt, whole_of
 HEADS, WIDTH = 2, 4
 STEPS = st.lists(
     st.one_of(
+        st.tuples(st.just("update"), st.just(1)),
         st.tuples(st.just("update"), st.integers(1, 40)),
         st.tuples(st.just("crop"), st.integers(1, 3)),
         st.tuples(st.just("reorder"), st.permutations(range(3))),
