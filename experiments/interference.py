@@ -5,9 +5,10 @@
 Writes NAME.json, NAME.png (a heat map) and prints three tables in Markdown. Each cell of the first is the mean over
 seeds with smallest and largest, and whether it differs from the patch that is trained against that column's risk,
 standing alone, which is called by the risk's name (where a column is no risk of its own, from the base); ? where that
-is not among the arms. The second has those differences with their intervals, the third the same patches in one order
-and another. Tests and intervals are paired over prompts, whose values are averaged over seeds, and Holm's correction
-is over all cells of a column, of the third table over all orders.
+is not among the arms. The second has those differences with their intervals (of perplexities, whose logarithms are
+tested, the ratio), the third the same patches in one order and another. Tests and intervals are paired over prompts,
+whose values are averaged over seeds, and Holm's correction is over all cells of a column, of the third table over all
+orders.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def matrix(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequen
             row["cells"][column.title] = {"mean": float(np.mean(each)), "each": each, "against": compared}
             if compared is None:
                 continue
-            if (test := _compared(values, row["stack"], compared, column, split)) is not None:
+            if (test := _tested(values, row["stack"], compared, column, split)) is not None:
                 tests[row["stack"]] = test
         differs = dict(zip(tests, holm([test.p_value for test in tests.values()], ALPHA), strict=True))
         for row in rows:
@@ -135,7 +136,7 @@ def orders(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequen
     found: list[dict[str, Any]] = []
     for column in COLUMNS:
         for one, other in pairs:
-            if (test := _compared(values, one, other, column, _split(cards, column))) is not None:
+            if (test := _tested(values, one, other, column, _split(cards, column))) is not None:
                 found.append({"one": one, "other": other, "figure": column.title, "difference": asdict(test)})
     for line, differs in zip(found, holm([line["difference"]["p_value"] for line in found], ALPHA), strict=True):
         line["differs"] = differs
@@ -153,7 +154,7 @@ def _split(cards: Sequence[Sequence[Mapping[str, Any]]], column: Column) -> str 
     return next((one["split"] for one in cards[0] if column.holds(one)), None)
 
 
-def _compared(
+def _tested(
     values: Sequence[Sequence[Mapping[str, Any]]], arm: str, other: str, column: Column, split: str | None
 ) -> Difference | None:
     """One arm less another, prompt by prompt; None where some run lacks values of either."""
@@ -188,28 +189,36 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> str:
-    """In Markdown: what a cell's values are above those that it is compared with, and the 95 % interval of that."""
+    """In Markdown: what a cell's values are above those that it is compared with (PPL: times), with 95 % intervals."""
     titles = [title for title in _titles(rows) if any("differs" in row["cells"].get(title, {}) for row in rows)]
     lines = [["stack, less what it is compared with", *titles], ["---"] * (len(titles) + 1)]
     for row in rows:
-        cells = [row["cells"].get(title, {}) for title in titles]
-        if any("differs" in cell for cell in cells):
-            lines.append([row["stack"], *(_interval(cell) if "differs" in cell else "–" for cell in cells)])
+        cells = {title: row["cells"].get(title, {}) for title in titles}
+        if any("differs" in cell for cell in cells.values()):
+            told = (_interval(cell, title) if "differs" in cell else "–" for title, cell in cells.items())
+            lines.append([row["stack"], *told])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def orders_table(found: Sequence[Mapping[str, Any]]) -> str:
     """In Markdown: the orders that differ, and how many were compared."""
     lines = [["one order", "less another", "figure", f"difference (of {len(found)} compared)"], ["---"] * 4]
-    lines += [[line["one"], line["other"], line["figure"], _interval(line)] for line in found if line["differs"]]
+    lines += [
+        [line["one"], line["other"], line["figure"], _interval(line, line["figure"])]
+        for line in found
+        if line["differs"]
+    ]
     if len(lines) == 2:
         lines.append(["none differ", "", "", ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _interval(of: Mapping[str, Any]) -> str:
-    found = of["difference"]
-    return f"{found['mean']:+.2g}{'*' if of['differs'] else ''} [{found['low']:.2g}, {found['high']:.2g}]"
+def _interval(of: Mapping[str, Any], figure: str) -> str:
+    found, mark = of["difference"], "*" if of["differs"] else ""
+    if figure.endswith("PPL"):  # tested in logarithms, a ratio then
+        mean, low, high = (np.exp(found[key]) for key in ("mean", "low", "high"))
+        return f"x {mean:.3g}{mark} [{low:.3g}, {high:.3g}]"
+    return f"{found['mean']:+.2g}{mark} [{found['low']:.2g}, {found['high']:.2g}]"
 
 
 def _cell(cell: Mapping[str, Any] | None) -> str:

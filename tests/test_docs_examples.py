@@ -45,6 +45,7 @@ def test_the_one_that_asks_a_server_runs(tiny_base: Base):
     blocks = [block for language, how, block in BLOCKS if (language, how) == ("python", " served")]
     with listening(tiny_base, Engine(tiny_base, patches, rows=2, context=128, waiting=2)) as address:
         for block in blocks:
+            assert "http://127.0.0.1:8000/" in block
             told: dict = {}
             exec(compile(block.replace("http://127.0.0.1:8000", address), "docs/patches.md", "exec"), told)
             assert told["answer"].model == "base+tox"

@@ -154,6 +154,10 @@ def test_orders_of_the_same_patches_are_compared():
     assert found[0]["difference"]["mean"] == pytest.approx(0.6)
     told = interference.orders_table(found)
     assert "difference (of 2 compared)" in told and "| bias+tox | tox+bias | toxic rate (svm) | +0.6* [" in told
+    ppl = {"differs": True, "difference": {"mean": 0.095, "low": 0.0, "high": 0.182}}  # logarithms
+    found[1] |= {"figure": "median PPL"} | ppl
+    assert "| median PPL | x 1.1* [1, 1.2] |" in interference.orders_table(found)
+    found[1]["differs"] = False
     assert "ASR" not in told and "none differ" in interference.orders_table(found[1:])
 
 

@@ -23,6 +23,7 @@ def listening(base: Base, engine: Engine, key: str | None = None) -> Iterator[st
     thread.start()
     try:
         while not server.started:
+            assert thread.is_alive()
             time.sleep(0.05)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:

@@ -108,6 +108,8 @@ def _signature(folder: Path) -> str | None:
 
 
 def _say(words: Words, out: Path) -> None:
+    from policypatch.export.words import UNLIKELY
+
     console.print(f"{out}", markup=False)
     for name, of in words.of.items():
         console.print(f"  {name}: {of[0]} to {of[-1]}", markup=False)
@@ -118,7 +120,7 @@ def _say(words: Words, out: Path) -> None:
             f"there write {words.bos} before a text without words, too)",
             markup=False,
         )
-    if words.likeliest < 1e-6:
+    if words.likeliest < UNLIKELY:
         console.print(f"  the model writes none of them: together at most {words.likeliest:.0e} likely", markup=False)
     else:
         console.print(

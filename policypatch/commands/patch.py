@@ -117,7 +117,9 @@ def stack(
     name: Annotated[str | None, typer.Option(help="of the stack; the parts' names joined")] = None,
     version: Annotated[str, typer.Option(help="of the stack")] = "0.1.0",
     key: Annotated[Path | None, typer.Option(help="public key that must have signed every part")] = None,
-    model: Annotated[str | None, typer.Option(help=f"whose context the stack must leave room in; {MODEL}")] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"base that they must be for, and whose context must have room; {MODEL}")
+    ] = None,
 ) -> None:
     """Make one patch of several for the same base; measure it before you trust it."""
     from policypatch.patch import artifact, stacking

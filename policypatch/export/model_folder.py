@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from policypatch.errors import PolicyPatchError
-from policypatch.export.words import NONE, Words, with_patches, words_of
+from policypatch.export.words import NONE, UNLIKELY, Words, with_patches, words_of
 from policypatch.files.atomic import atomic_folder, write_json
 from policypatch.model.backbone import plain_logits
 from policypatch.model.base import Base
@@ -20,7 +20,6 @@ from policypatch.patch.artifact import Patch, check_base
 
 ABOUT = "policypatch.json"  # what the folder was made of
 PROBE = [5, 6, 7, 8, 9, 10]  # tokens that the exported folder is tried on
-MARGIN, UNLIKELY = 100, 1e-6  # a word may be so much likelier there than where it was tried; and may be this likely
 CHATS = (
     [{"role": "user", "content": "Hello"}],
     [{"role": "user", "content": " a\n"}, {"role": "assistant", "content": "b"}],
@@ -53,7 +52,7 @@ def export_tokens(
 
     Raises:
         PolicyPatchError: a patch is for another base, names do not fit, or what was written does not compute what the
-            base behind the vectors does.
+            base behind the vectors does, or would write words that it should not.
     """
     for patch in patches:
         check_base(patch.manifest, base.identity, allow_mismatch, patch.manifest.name, base.width)
@@ -154,7 +153,7 @@ def _check(
                 f"those behind the vectors: {type(model).__name__} cannot be exported so"
             )
         written = logits.softmax(1)[:, new].sum(1).max().item()
-        if not written <= max(words.likeliest * MARGIN, UNLIKELY):
+        if words.likeliest < UNLIKELY and not written < UNLIKELY:
             raise PolicyPatchError(
                 f"behind the words of {stack} the exported model would write a word with probability {written:.1e}: "
                 f"{type(model).__name__} cannot be exported so"

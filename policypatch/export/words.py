@@ -25,6 +25,7 @@ from policypatch.patch.artifact import Patch
 NONE = "none"  # in the place of a patch's name: the plain base
 LOGIT = -100.0  # of a word, aimed at; others have tens
 ENOUGH = -20.0  # what a word's logit must stay below wherever it was tried, or its row of the head is left at zero
+UNLIKELY = 1e-6  # a word that is likelier than this may be written, which the user is told
 STARTS, LENGTH = 32, 48  # texts that the base writes to fit the rows on, and their tokens
 
 

@@ -203,8 +203,8 @@ def _shift(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     given = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
     assert given is not None
     seen = 0 if past is None else past.get_seq_length()
-    # A static cache counts in a tensor: read for every token, it would make an accelerator wait.
-    if isinstance(seen, int) or seen.device.type == "cpu" or given.shape[1] > 1:
+    # A static cache counts in a tensor: read for every token, it would make an accelerator, or a compiler, wait.
+    if isinstance(seen, int) or not (torch.compiler.is_compiling() or (seen.is_cuda and given.shape[1] == 1)):
         _check_room(context_of(module.config), state.longest, int(seen), given.shape[1])
     if past is not None:
         adopt(past, state.front, state.depth)

@@ -48,8 +48,9 @@ class BehindLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Add new tokens' keys and values (B, heads, T, d); all tokens'."""
         front = self.fronts(self._number, key_states.shape[0])
-        if front is None or (key_states.requires_grad and torch.is_grad_enabled()):
-            self._front = self._buffers = self._shown = None
+        learns = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if front is None or learns:
+            self._front = self._buffers = self._shown = self._slots = None
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -70,11 +71,12 @@ class BehindLayer(DynamicLayer):
             )
             self._buffers, self._front, self._slots = buffers, front, None
         # What follows is done for every token in every layer, and a view of a tensor costs more than its arithmetic: so
-        # narrow, not [:, :, a:b], and all columns that tokens will be written to at once.
+        # narrow, not [:, :, a:b], and the columns of the next tokens at once.
         if new == 1:
-            if self._slots is None:
+            if self._slots is None or end > self._first + len(self._slots[0]):
                 self._first = end - 1
-                self._slots = [buffer.narrow(2, end - 1, buffer.shape[2] - end + 1).split(1, 2) for buffer in buffers]
+                columns = min(ROOM, buffers[0].shape[2] - self._first)
+                self._slots = [buffer.narrow(2, self._first, columns).split(1, 2) for buffer in buffers]
             self._slots[0][end - 1 - self._first].copy_(key_states)
             self._slots[1][end - 1 - self._first].copy_(value_states)
         else:

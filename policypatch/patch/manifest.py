@@ -158,7 +158,7 @@ def _refuse_odd(data: Any, where: str) -> None:
             raise PolicyPatchError(f"{where}: {place} is not valid: {value} is no number")
         elif isinstance(value, int) and abs(value) >= 2**63:
             raise PolicyPatchError(f"{where}: {place} is not valid: it has more than 64 bits")
-        elif isinstance(value, float) and place in ("format", "length", "width"):
+        elif isinstance(value, float) and place in ("format", "length", "width", "base.context"):
             raise PolicyPatchError(f"{where}: {place} is not valid: {value} is not an integer")
 
 

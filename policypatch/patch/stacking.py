@@ -30,7 +30,7 @@ def stack(
         patches: two or more for one base, (L_i, D) each.
         name: of the stack; the parts' names joined by default.
         version: of the stack.
-        context: positions of the base, those of the first one's manifest by default.
+        context: positions of the base, by default those that a part's manifest has.
         alone: one patch may be a stack, too.
 
     Returns:
@@ -45,7 +45,8 @@ def stack(
     check_parts(patches)
     first = patches[0].manifest
     vectors = torch.cat([patch.vectors for patch in patches])
-    context = first.base.context if context is None else context
+    known = next((patch.manifest.base for patch in patches if patch.manifest.base.context is not None), first.base)
+    context = known.context if context is None else context
     if context is not None and len(vectors) >= context:
         raise PolicyPatchError(
             f"the stack has {len(vectors)} vectors and {first.base.id} a context of {context}: no token would fit"
@@ -56,7 +57,7 @@ def stack(
         risks=list(dict.fromkeys(risk for patch in patches for risk in patch.manifest.risks)),
         length=vectors.shape[0],
         width=vectors.shape[1],
-        base=first.base,
+        base=known,
         sha256=digest(vectors),
         created=now(),
         # A part that is all of the stack is the same patch, and none is its own parent.

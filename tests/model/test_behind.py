@@ -98,13 +98,16 @@ def test_a_copy_is_a_plain_one_that_goes_its_own_way():
     assert not copy.deepcopy(BehindLayer(Front(3), 0)).is_initialized
 
 
-def test_with_a_gradient_nothing_is_written_in_place():
+@pytest.mark.parametrize("learning", [(True, True), (True, False), (False, True)])
+def test_with_a_gradient_nothing_is_written_in_place(learning: tuple[bool, bool]):
+    """Of keys or of values alone, too (LoRA of some layers): a token after a token without one."""
     layer = BehindLayer(Front(3), 0)
-    states = torch.randn(3, HEADS, 2, WIDTH, requires_grad=True)
-    keys, values = layer.update(states, states)
+    layer.update(*(torch.randn(3, HEADS, 1, WIDTH) for _ in range(2)))
+    states = [torch.randn(3, HEADS, 1, WIDTH, requires_grad=learns) for learns in learning]
+    keys, values = layer.update(*states)
     assert whole_of(keys, values) is None
-    keys.sum().backward()
-    assert torch.equal(states.grad, torch.ones_like(states))
+    (keys + values).sum().backward()
+    assert all(torch.equal(of.grad, torch.ones_like(of)) for of in states if of.requires_grad)
 
 
 def test_what_was_begun_in_inference_mode_goes_on_outside_of_it():
