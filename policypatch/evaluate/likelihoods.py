@@ -11,7 +11,7 @@ from torch import Tensor
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
-from policypatch.model.head import finish_logits
+from policypatch.model.head import finish_logits, token_logits
 from policypatch.model.parts import sliding_window
 from policypatch.model.tree import Item
 
@@ -88,8 +88,9 @@ def next_word_mass(base: Base, vectors: Tensor | None, prompts: Sequence[str], w
         ends = torch.bincount(tree.sequence).cumsum(0) - 1
         states = backbone.hidden(tree)[ends].split(len(begun))
         for i, state in zip(batch, states, strict=True):
-            logits = finish_logits(base.model, base.model.get_output_embeddings()(state)).float()
-            logprobs[i] = logits.log_softmax(-1)[rows, ids].cpu().numpy()
+            everything = finish_logits(base.model, base.model.get_output_embeddings()(state)).float().logsumexp(-1)
+            logits = token_logits(base.model, state[rows], torch.tensor(ids, device=state.device))
+            logprobs[i] = (logits - everything[rows]).cpu().numpy()
     path = np.array([[tokens[: len(step)] == step for tokens in column] for step in steps], dtype=float)
     mass = np.exp(logprobs @ path)
     own = _without_longer(mass, column)

@@ -32,6 +32,23 @@ def finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def token_logits(model: PreTrainedModel, states: Tensor, tokens: Tensor) -> Tensor:
+    """Finished logit of a token at each position, (N,) float32 also where the head's products are not.
+
+    In bfloat16 a logit of 16 and more is rounded to a multiple of 1/8, by up to 6 % of the token's probability: two
+    words that should be equally likely would then look so, or not, by chance. A sum over the vocabulary does not mind.
+
+    Args:
+        model: whose head it is.
+        states: (N, D) last hidden states.
+        tokens: (N,) token ids.
+    """
+    head = model.get_output_embeddings()
+    logits = (states.float() * head.weight[tokens].float()).sum(-1)
+    bias = getattr(head, "bias", None)
+    return finish_logits(model, logits if bias is None else logits + bias[tokens].float())
+
+
 def token_logprobs(model: PreTrainedModel, states: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of a token at each position: (N,) float32, differentiable in the states.
 
@@ -70,10 +87,8 @@ class _Logprobs(_OfStates):
     @staticmethod
     def forward(ctx: Any, states: Tensor, targets: Tensor, model: PreTrainedModel) -> Tensor:
         ours, wanted = _Softmax(states), ctx.needs_input_grad[0]
-        own = states.new_empty(len(states), dtype=torch.float32)
-        for start, weight, logits in _blocks(model, states):
-            here = ((targets >= start) & (targets < start + len(weight))).nonzero()[:, 0]
-            own[here] = logits[here, targets[here] - start]
+        own = token_logits(model, states, targets)
+        for weight, logits in _blocks(model, states):
             ours.add(logits, (weight, _slope(model, logits)) if wanted else None)
         if wanted:
             own_gradient = model.get_output_embeddings().weight[targets] * _slope(model, own[:, None])
@@ -86,9 +101,7 @@ class _Divergence(_OfStates):
     def forward(ctx: Any, states: Tensor, base_states: Tensor, model: PreTrainedModel) -> Tensor:
         ours, base, wanted = _Softmax(states), _Softmax(states), ctx.needs_input_grad[0]
         gap = states.new_zeros(len(states), dtype=torch.float32)  # sum of base weights x (base logit - our logit)
-        for (_, weight, logits), (_, _, base_logits) in zip(
-            _blocks(model, states), _blocks(model, base_states), strict=True
-        ):
+        for (weight, logits), (_, base_logits) in zip(_blocks(model, states), _blocks(model, base_states), strict=True):
             gradient = (weight, _slope(model, logits)) if wanted else None
             difference = base_logits - logits
             weights, shrink = base.add(base_logits, gradient)
@@ -138,15 +151,15 @@ class _Softmax:
         return self._sum / self.total[:, None]
 
 
-def _blocks(model: PreTrainedModel, states: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The vocabulary's blocks: where each begins, its weights (B, D), finished logits (N, B) float32."""
+def _blocks(model: PreTrainedModel, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The vocabulary's blocks: weights (B, D), finished logits (N, B) float32."""
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     size = max(LEAST, (GPU_BLOCK if states.is_cuda else BLOCK) // max(1, len(states)))
     for start in range(0, len(head.weight), size):
         weight = head.weight[start : start + size]
         logits = torch.nn.functional.linear(states, weight, None if bias is None else bias[start : start + size])
-        yield start, weight, finish_logits(model, logits.float())
+        yield weight, finish_logits(model, logits.float())
 
 
 def _slope(model: PreTrainedModel, finished: Tensor) -> Tensor | float:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from policypatch.model import head as module
-from policypatch.model.head import finish_logits, token_divergence, token_logprobs
+from policypatch.model.head import finish_logits, token_divergence, token_logits, token_logprobs
 
 N = 7
 
@@ -68,6 +68,29 @@ def test_nothing_is_summed_for_a_gradient_that_nobody_wants(tiny_llama, monkeypa
     states = drawn(tiny_llama, 0).detach()
     assert token_logprobs(tiny_llama, states, torch.arange(N)).shape == (N,)
     assert token_divergence(tiny_llama, states, states).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_token_has_its_logit_whatever_the_head_rounds_to(architecture, dtype):
+    """Of states and weights as they are in that type; what the head itself gives is far off in bfloat16."""
+    head = architecture.get_output_embeddings()
+    kept = [parameter.data for parameter in head.parameters()]
+    try:
+        for parameter in head.parameters():
+            parameter.data = parameter.data.to(dtype)
+        states, tokens = (9 * drawn(architecture, 0).detach()).to(dtype), torch.arange(N)
+        products = (states.double() * head.weight[tokens].double()).sum(1)
+        if getattr(head, "bias", None) is not None:
+            products = products + head.bias[tokens].double()
+        found = token_logits(architecture, states, tokens)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, finish_logits(architecture, products).float(), rtol=1e-5, atol=1e-5)
+        twice = token_logprobs(architecture, states[:1].expand(2, -1), tokens[:2])  # what one state gives two tokens
+        both = token_logits(architecture, states[:1].expand(2, -1), tokens[:2])
+        torch.testing.assert_close(twice[0] - twice[1], both[0] - both[1], rtol=1e-4, atol=1e-4)
+    finally:
+        for parameter, before in zip(head.parameters(), kept, strict=True):
+            parameter.data = before
 
 
 def test_half_precision_is_near(tiny_llama):
