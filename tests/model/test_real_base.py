@@ -1,6 +1,5 @@
 """The default base, in float32: an artifact by hand, through PEFT and through the project is one function."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -59,7 +58,8 @@ def artifact_folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_identity(base: Base):
     assert (base.width, base.eos) == (576, (2,))
-    assert all(len(value) == 64 for name, value in asdict(base.identity).items() if name not in ("id", "revision"))
+    assert all(len(getattr(base.identity, name)) == 64 for name in base.identity.digests())
+    assert base.identity.context == base.model.config.max_position_embeddings
 
 
 @torch.no_grad()
