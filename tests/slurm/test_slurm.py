@@ -105,7 +105,7 @@ def test_jobs_that_are_killed_or_make_way_end_as_if_nothing_had_been(
 
 
 def figures(run: Path) -> list[float]:
-    """All that was logged but one: at DPO's first step policy and reference are the same, and a margin's sign chance."""
+    """All that was logged but one: at DPO's first step policy and reference agree, and a margin's sign is chance."""
     rows = csv.DictReader((run / "metrics.csv").open())
     chance = ("dpo", "1", "train/accuracy")
     return [float(row["value"]) for row in rows if (row["stage"], row["step"], row["metric"]) != chance]
