@@ -30,6 +30,7 @@ from policypatch.evaluate.drift import holm
 from policypatch.evaluate.scorecard import COST, PER_PROMPT
 from policypatch.evaluate.statistics import Difference, paired_difference
 from policypatch.files.atomic import atomic_path, read_json, write_json
+from policypatch.report.head_to_head import difference_text
 from policypatch.report.records import find_records
 
 BASE, ALPHA = "base", 0.05
@@ -135,8 +136,9 @@ def orders(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequen
     pairs = [(a, b) for a, b in combinations(_arms(cards), 2) if sorted(a.split("+")) == sorted(b.split("+"))]
     found: list[dict[str, Any]] = []
     for column in COLUMNS:
+        split = _split(cards, column)
         for one, other in pairs:
-            if (test := _tested(values, one, other, column, _split(cards, column))) is not None:
+            if (test := _tested(values, one, other, column, split)) is not None:
                 found.append({"one": one, "other": other, "figure": column.title, "difference": asdict(test)})
     for line, differs in zip(found, holm([line["difference"]["p_value"] for line in found], ALPHA), strict=True):
         line["differs"] = differs
@@ -203,22 +205,16 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> str:
 def orders_table(found: Sequence[Mapping[str, Any]]) -> str:
     """In Markdown: the orders that differ, and how many were compared."""
     lines = [["one order", "less another", "figure", f"difference (of {len(found)} compared)"], ["---"] * 4]
-    lines += [
-        [line["one"], line["other"], line["figure"], _interval(line, line["figure"])]
-        for line in found
-        if line["differs"]
-    ]
+    differing = [line for line in found if line["differs"]]
+    lines += [[of["one"], of["other"], of["figure"], _interval(of, of["figure"])] for of in differing]
     if len(lines) == 2:
         lines.append(["none differ", "", "", ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _interval(of: Mapping[str, Any], figure: str) -> str:
-    found, mark = of["difference"], "*" if of["differs"] else ""
-    if figure.endswith("PPL"):  # tested in logarithms, a ratio then
-        mean, low, high = (np.exp(found[key]) for key in ("mean", "low", "high"))
-        return f"x {mean:.3g}{mark} [{low:.3g}, {high:.3g}]"
-    return f"{found['mean']:+.2g}{mark} [{found['low']:.2g}, {found['high']:.2g}]"
+def _interval(of: Mapping[str, Any], title: str) -> str:
+    metric = next(column.metric for column in COLUMNS if column.title == title)
+    return f"{difference_text(metric, Difference(**of['difference']))}{'*' if of['differs'] else ''}"
 
 
 def _cell(cell: Mapping[str, Any] | None) -> str:

@@ -262,7 +262,7 @@ def test_both_stages_can_be_anchored_to_the_base(risk: str, rows: str, go, tmp_p
 def test_without_a_weight_there_is_no_anchor(go, tmp_path: Path):
     go("harmfulness")
     assert log_of(tmp_path / "run", "train/kl_base") == {"sft": [], "dpo": []}
-    # Half of each batch is benign, as data.benign_share says; the others are all pairs.
+    # About half of each batch is benign, as data.benign_share says; the others are all pairs.
     assert log_of(tmp_path / "run", "train/preference_loss")["dpo"] == [*"12345"]
 
 

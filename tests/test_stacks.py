@@ -111,7 +111,7 @@ def test_a_stack_is_compared_with_the_specialist_alone(sweep: Path, tmp_path: Pa
     assert stack["mean"] == pytest.approx(0.85) and stack["differs"]
     test = stack["difference"]
     assert test["p_value"] < 0.001 and test["mean"] == pytest.approx(0.7) and test["low"] < 0.7 < test["high"]
-    assert f"| bias+toxicity | +0.7* [{test['low']:.2g}, {test['high']:.2g}] |" in result.stdout
+    assert f"| bias+toxicity | +0.7 [{test['low']:+.2g}, {test['high']:+.2g}]* |" in result.stdout
     assert "differs" not in by_stack["base"] and "differs" not in by_stack["toxicity"]
     assert "| bias+toxicity | 0.85* (0.8 to 0.9) | 0.5 (0.5 to 0.5) |" in result.stdout
     assert (tmp_path / "out" / "matrix.png").read_bytes()[:4] == b"\x89PNG"
@@ -153,10 +153,10 @@ def test_orders_of_the_same_patches_are_compared():
     ]
     assert found[0]["difference"]["mean"] == pytest.approx(0.6)
     told = interference.orders_table(found)
-    assert "difference (of 2 compared)" in told and "| bias+tox | tox+bias | toxic rate (svm) | +0.6* [" in told
-    ppl = {"differs": True, "difference": {"mean": 0.095, "low": 0.0, "high": 0.182}}  # logarithms
+    assert "difference (of 2 compared)" in told and "| bias+tox | tox+bias | toxic rate (svm) | +0.6 [" in told
+    ppl = {"differs": True, "difference": {"mean": 0.095, "low": 0.0, "high": 0.182, "p_value": 0.01}}  # logarithms
     found[1] |= {"figure": "median PPL"} | ppl
-    assert "| median PPL | x 1.1* [1, 1.2] |" in interference.orders_table(found)
+    assert "| median PPL | ×1.10 [×1.00, ×1.20]* |" in interference.orders_table(found)
     found[1]["differs"] = False
     assert "ASR" not in told and "none differ" in interference.orders_table(found[1:])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from policypatch.evaluate.scorecard import COST
 from policypatch.evaluate.statistics import Difference
 from policypatch.report.compare_lines import Column, Comparison, Line
 from policypatch.report.costs import LABELS, cost_label, cost_text, load_name
-from policypatch.report.head_to_head import head_to_head, is_ratio
+from policypatch.report.head_to_head import difference_text, head_to_head
 from policypatch.report.metrics import metric_label
 from policypatch.report.scorecard import Row, evidence_of, readable
 from policypatch.report.wording import number
@@ -150,15 +149,12 @@ def against_patch(found: Comparison) -> list[list[str]]:
 
 
 def _difference_text(column: Column, difference: Difference | None) -> str:
-    """Signed, of logarithms as the ratio; marked where both interval and test say so."""
+    """As `difference_text`, marked where both interval and test say so."""
     if difference is None:
         return "–"
-    numbers = (difference.mean, difference.low, difference.high)
-    # Rounded first, as a mean of differences that cancel out is 1e-17.
-    mean, low, high = (f"×{math.exp(x):.2f}" if is_ratio(column) else f"{round(x, 9):+.2g}" for x in numbers)
     evidence = {"delta_low": difference.low, "delta_high": difference.high, "p_value": difference.p_value}
     mark = (" ✓" if difference.mean < 0 else " ✗") if difference.mean and all(evidence_of(evidence)) else ""
-    return f"{mean} [{low}, {high}]{mark}"
+    return f"{difference_text(column.metric, difference)}{mark}"
 
 
 def tidy(found: Comparison) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,9 +61,12 @@ def lower_is_better(column: Column) -> bool:
     return column.metric == "kl_benign" or (column.metric in METRICS and METRICS[column.metric].better == "lower")
 
 
-def is_ratio(column: Column) -> bool:
-    """Whether a difference is one of logarithms (`tested_values`)."""
-    return "ppl" in column.metric
+def difference_text(metric: str, difference: Difference) -> str:
+    """Signed, with its interval; of perplexities, whose logarithms are tested (`tested_values`), the ratio."""
+    numbers = (difference.mean, difference.low, difference.high)
+    # Rounded first, as a mean of differences that cancel out is 1e-17.
+    mean, low, high = (f"×{math.exp(x):.2f}" if "ppl" in metric else f"{round(x, 9):+.2g}" for x in numbers)
+    return f"{mean} [{low}, {high}]"
 
 
 def _values(record: Record) -> dict[tuple[str, Column], np.ndarray]:

@@ -106,6 +106,7 @@ def test_jobs_that_are_killed_or_make_way_end_as_if_nothing_had_been(
 
 def figures(run: Path) -> list[float]:
     """All that was logged but one: at DPO's first step policy and reference agree, and a margin's sign is chance."""
-    rows = csv.DictReader((run / "metrics.csv").open())
-    chance = ("dpo", "1", "train/accuracy")
-    return [float(row["value"]) for row in rows if (row["stage"], row["step"], row["metric"]) != chance]
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    first = {row["metric"]: row for row in rows if (row["stage"], row["step"]) == ("dpo", "1")}
+    assert abs(float(first["train/margin"]["value"])) < 1e-5
+    return [float(row["value"]) for row in rows if row is not first["train/accuracy"]]
