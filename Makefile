@@ -55,7 +55,7 @@ $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"policypatch needs Python 3.11 to 3.13, not {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[judges,sweeps,serve,dev]'
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[judges,sweeps,serve,bench,dev]'
 	touch $@
 
 bench: $(READY)

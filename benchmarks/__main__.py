@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import decoding, training
 from benchmarks.about import about
 from benchmarks.bases import default_base, shaped_base
 from benchmarks.figure import draw_growth
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.timing import Spread, spread
+from benchmarks.tables import amounts, quoted, show
 from benchmarks.workload import Workload
 from policypatch.files.atomic import read_json, write_json
 from policypatch.logs import quiet_libraries
@@ -77,41 +75,6 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def keys(found: dict[str, Any]) -> dict[str, Spread]:
-    """The figures that are quoted, by their names."""
-    named: dict[str, Spread] = {}
-    for stage in ("sft", "dpo"):
-        if stage in found:
-            ratios = {f"{stage}.step_ratio_vs_{side}": value for side, value in found[stage]["ratio"].items()}
-            named |= ratios | {f"{stage}.floor_share": found[stage]["floor_share"]}
-        if "peak_bytes" in found:
-            peak = found["peak_bytes"][stage]
-            named[f"{stage}.peak_memory_ratio"] = spread([peak["ours"] / peak["trl"]])
-        elif of := found.get(stage, {}).get("step_bytes"):
-            whole = found[stage]["base_bytes"]
-            named[f"{stage}.peak_memory_ratio"] = spread([(whole + of["ours"]) / (whole + of["trl"])])
-    if "overhead" in found:
-        for name, of in found["overhead"].items():
-            if name != "plain":
-                named[f"decode.overhead_{name}"] = of["per_token"]
-        if vs_peft := found["overhead"]["patched"].get("per_token_vs_peft"):  # no figures from before it have it
-            named["decode.patched_vs_peft"] = vs_peft
-        named["decode.first_token_patched"] = found["overhead"]["patched"]["first_token"]
-        named["decode.sampling_ratio_vs_generate"] = found["sampling"]["ratio"]
-    return named
-
-
-def show(named: dict[str, Spread], title: str) -> None:
-    """A table of the named figures."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("figure")
-    for column in ("median", "min", "max"):
-        table.add_column(column, justify="right")
-    for name, of in named.items():
-        table.add_row(name, *(f"{of[column]:.3f}" for column in ("median", "min", "max")))
-    Console().print(table)
-
-
 def main() -> None:
     """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,16 +101,17 @@ def main() -> None:
     if path.is_file() and (known := read_json(path)) == known | results:
         results = known  # of the same machine and packages: parts that are not measured now stay as they are
     for dtype in dtypes:
-        named: dict[str, Spread] = {}
+        found: dict[str, Any] = {}
         for found in measured(shape, dtype, parts, arguments.repeats, arguments.new_tokens):
-            named = keys(found)
             results[dtype] = results.get(dtype, {}) | found
             if dtype == ("bfloat16" if shape else "float32"):
-                results |= named
+                results |= quoted(found)
                 if "growth" in found:
                     draw_growth(found["growth"], RESULTS / f"{'' if name == 'latest' else name + '-'}growth.svg")
             write_json(path, results)  # after every part: a machine may be had for less time than all of them take
-        show(named, f"{arguments.base or 'the default base'}, {dtype}")
+        title = f"{arguments.base or 'the default base'}, {dtype}"
+        show(amounts(found), f"{title}: {Workload()}")
+        show(quoted(found), f"{title}: ratios")
 
 
 if __name__ == "__main__":

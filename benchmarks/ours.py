@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.side import Side
 from benchmarks.workload import BETA, LEARNING_RATE, Workload
-from policypatch.data.datamodule import Batch, PairData
+from policypatch.data.datamodule import Batch, Example, PairData
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
 from policypatch.model.logprobs import item_logprobs
@@ -32,14 +32,15 @@ class Ours(Side):
         backbone.compiled = compiled
         super().__init__(backbone.patch, steps)
         self.pairs = work.pairs
-        examples = work.examples(base, steps)
+        items = work.items(base, steps)
         optimisation, reference = Optimisation(steps, LEARNING_RATE), None
         self.module: StageModule
         if stage == "dpo":
             self.module = DPOModule(backbone, optimisation, PreferenceSettings(BETA))
-            reference = item_logprobs(base, None, [example.item for example in examples], row_tokens)
+            reference = item_logprobs(base, None, items, row_tokens)
         else:
             self.module = SFTModule(backbone, optimisation)
+        examples = [Example(item) for item in items]
         self.data = PairData(examples, work.pairs, steps, 0, 2 if stage == "dpo" else 1, backbone.tree, reference)
 
     def batch(self, number: int = 0) -> Batch:

@@ -18,8 +18,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.side import Side
 from benchmarks.workload import BETA, LEARNING_RATE, Workload
-from policypatch.data.datamodule import Example
 from policypatch.model.base import Base
+from policypatch.model.tree import Item
 
 
 class _AsTheyAre:
@@ -58,7 +58,7 @@ class Theirs(Side):
         precomputed: bool = False,
         checkpointing: bool = True,
     ):
-        examples = work.examples(base, steps)
+        items = work.items(base, steps)
         self._folder = tempfile.TemporaryDirectory()
         settings: dict[str, Any] = {
             "output_dir": self._folder.name,
@@ -76,17 +76,17 @@ class Theirs(Side):
             warnings.simplefilter("ignore")
             if stage == "dpo":
                 args = DPOConfig(**settings, beta=BETA, max_length=None, precompute_ref_log_probs=precomputed)
-                self.trainer = _DPO(args=args, train_dataset=_preferences(examples), **shared)
+                self.trainer = _DPO(args=args, train_dataset=_preferences(items), **shared)
             else:
                 args = SFTConfig(**settings, max_length=None)
-                self.trainer = _SFT(args=args, train_dataset=_prompts(examples), **shared)
+                self.trainer = _SFT(args=args, train_dataset=_prompts(items), **shared)
         self.trainer.current_gradient_accumulation_steps = 1  # `train` sets it
         self.trainer.model.train()
         (prompt,) = self.trainer.model.prompt_encoder.values()
         super().__init__(prompt.embedding.weight, steps)
         with torch.no_grad():
             self.vectors.copy_(work.vectors(base))
-        rows = [self.trainer.train_dataset[i] for i in range(len(examples))]
+        rows = [self.trainer.train_dataset[i] for i in range(len(items))]
         self._rows = [rows[i : i + work.pairs] for i in range(0, len(rows), work.pairs)]
 
     def loss_of(self, batch: int) -> float:
@@ -95,19 +95,19 @@ class Theirs(Side):
         return float(self.trainer.training_step(self.trainer.model, padded).detach())
 
 
-def _preferences(examples: Sequence[Example]) -> Dataset:
+def _preferences(items: Sequence[Item]) -> Dataset:
     return Dataset.from_list(
         [
-            {"prompt_ids": list(e.item.prompt), "chosen_ids": list(chosen), "rejected_ids": list(rejected)}
-            for e in examples
-            for chosen, rejected in (e.item.completions,)
+            {"prompt_ids": list(item.prompt), "chosen_ids": list(chosen), "rejected_ids": list(rejected)}
+            for item in items
+            for chosen, rejected in (item.completions,)
         ]
     )
 
 
-def _prompts(examples: Sequence[Example]) -> Dataset:
+def _prompts(items: Sequence[Item]) -> Dataset:
     rows = []
-    for example in examples:
-        prompt, chosen = example.item.prompt, example.item.completions[0]
+    for item in items:
+        prompt, chosen = item.prompt, item.completions[0]
         rows.append({"input_ids": [*prompt, *chosen], "labels": [-100] * len(prompt) + list(chosen)})
     return Dataset.from_list(rows)

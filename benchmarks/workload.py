@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from policypatch.data.datamodule import Example
 from policypatch.model.base import Base
 from policypatch.model.tree import Item
 
@@ -33,8 +32,8 @@ class Workload:
     completion: int = 19
     patch: int = 50
 
-    def examples(self, base: Base, steps: int = 1) -> list[Example]:
-        """`steps` batches of pairs, of tokens drawn from the vocabulary."""
+    def items(self, base: Base, steps: int = 1) -> list[Item]:
+        """`steps` batches of pairs (chosen, rejected), of tokens drawn from the vocabulary."""
         random = torch.Generator().manual_seed(0)
         known = min(len(base.tokenizer), base.embedding.shape[0])
 
@@ -46,7 +45,7 @@ class Workload:
             length = self.prompt + int(torch.randint(-most, most + 1, (1,), generator=random))
             return Item(draw(length), (draw(self.completion), draw(self.completion)))
 
-        return [Example(item()) for _ in range(self.pairs * steps)]
+        return [item() for _ in range(self.pairs * steps)]
 
     def vectors(self, base: Base) -> Tensor:
         """(P, D) embeddings of words, as a patch begins."""

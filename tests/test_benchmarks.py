@@ -1,5 +1,6 @@
 """What the benchmark compares is the same work: TRL with PEFT trains a tiny base to the losses that ours does."""
 
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from functools import partial
@@ -20,6 +21,7 @@ from benchmarks.figure import draw_growth
 from benchmarks.floor import operations
 from benchmarks.ours import Ours
 from benchmarks.shapes import SHAPES, SMOLLM2, Shape
+from benchmarks.tables import amounts, quoted, show
 from benchmarks.theirs import Theirs
 from benchmarks.timing import in_turn, ratio
 from benchmarks.training import agreement, followed
@@ -95,6 +97,42 @@ def test_every_way_of_answering_is_timed(load):
     assert all(of["per_token"]["median"] > 0 for of in found.values())
     assert found["patched"]["per_token_vs_peft"]["median"] > 0
     assert sampling(load(), 1, new_tokens=3)["ratio"]["median"] > 0
+
+
+def test_what_was_found_is_quoted_and_shown(capsys: pytest.CaptureFixture):
+    one, two = ({"median": x, "min": x, "max": x} for x in (1.0, 2.0))
+    stage = {"seconds": {"ours": one, "trl": two}, "ratio": {"trl": two}, "floor_s": 0.5, "floor_share": one}
+    stage |= {"tokens_per_s": one, "padding_share": 0.25}
+    ways = {name: {"first_token": one, "per_token": two, "seconds_per_token": one} for name in ("plain", "patched")}
+    found = {
+        "sft": stage,
+        "peak_bytes": {name: {"ours": 1e9, "trl": 4e9} for name in ("sft", "dpo")},
+        "overhead": ways,
+        "sampling": {"ours_tokens_per_s": two, "generate_tokens_per_s": one, "ratio": two},
+    }
+    assert {name: of["median"] for name, of in quoted(found).items()} == {
+        "sft.step_ratio_vs_trl": 2,
+        "sft.floor_share": 1,
+        "sft.peak_memory_ratio": 0.25,
+        "dpo.peak_memory_ratio": 0.25,
+        "decode.overhead_patched": 2,
+        "decode.first_token_patched": 1,
+        "decode.sampling_ratio_vs_generate": 2,
+    }
+    shown = {name: of["median"] for name, of in amounts(found).items()}
+    assert shown["sft, a step, trl, s"] == 2 and shown["sft, padding of the tokens read, %"] == 25
+    assert shown["dpo, most memory, trl, GB"] == 4 and shown["an answer's token, patched, ms"] == 1000
+    assert shown["sampling, tokens a second, ours"] == 2
+    show(amounts(found), "a bench")
+    assert "an answer's token, patched, ms" in capsys.readouterr().out
+
+
+def test_no_side_holds_the_packages_of_the_other():
+    """What a process takes is its own."""
+    code = "import sys, benchmarks.memory, benchmarks.{}; sys.exit(' '.join({} & sys.modules.keys()) or 0)"
+    for side, others in (("ours", {"trl", "peft"}), ("theirs", {"lightning"})):
+        done = subprocess.run([sys.executable, "-c", code.format(side, others)], cwd=ROOT, stderr=subprocess.PIPE)
+        assert done.returncode == 0, done.stderr
 
 
 def test_growth_is_drawn(tmp_path: Path):

@@ -1,0 +1,71 @@
+"""What a bench found, in the words and numbers that it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.timing import Spread, spread
+
+
+def quoted(found: dict[str, Any]) -> dict[str, Spread]:
+    """The figures that are quoted, by their names."""
+    named: dict[str, Spread] = {}
+    for stage in ("sft", "dpo"):
+        if stage in found:
+            ratios = {f"{stage}.step_ratio_vs_{side}": value for side, value in found[stage]["ratio"].items()}
+            named |= ratios | {f"{stage}.floor_share": found[stage]["floor_share"]}
+        if "peak_bytes" in found:
+            peak = found["peak_bytes"][stage]
+            named[f"{stage}.peak_memory_ratio"] = spread([peak["ours"] / peak["trl"]])
+        elif of := found.get(stage, {}).get("step_bytes"):
+            whole = found[stage]["base_bytes"]
+            named[f"{stage}.peak_memory_ratio"] = spread([(whole + of["ours"]) / (whole + of["trl"])])
+    if "overhead" in found:
+        for name, of in found["overhead"].items():
+            if name != "plain":
+                named[f"decode.overhead_{name}"] = of["per_token"]
+        if vs_peft := found["overhead"]["patched"].get("per_token_vs_peft"):  # no figures from before it have it
+            named["decode.patched_vs_peft"] = vs_peft
+        named["decode.first_token_patched"] = found["overhead"]["patched"]["first_token"]
+        named["decode.sampling_ratio_vs_generate"] = found["sampling"]["ratio"]
+    return named
+
+
+def amounts(found: Mapping[str, Any]) -> dict[str, Spread]:
+    """Times, rates and memory that the ratios are made of, by their names and units."""
+    named: dict[str, Spread] = {}
+    for stage in ("sft", "dpo"):
+        if of := found.get(stage):
+            named |= {f"{stage}, a step, {side}, s": seconds for side, seconds in of["seconds"].items()}
+            named[f"{stage}, a step, floor, s"] = spread([of["floor_s"]])
+            named[f"{stage}, tokens a second, ours"] = of["tokens_per_s"]
+            named[f"{stage}, padding of the tokens read, %"] = spread([100 * of["padding_share"]])
+        for kept in ("peak_bytes", "step_bytes"):
+            of_sides = found.get(kept, {}).get(stage) or found.get(stage, {}).get(kept, {})
+            what = "most memory" if kept == "peak_bytes" else "memory of a step"
+            named |= {f"{stage}, {what}, {side}, GB": spread([held / 1e9]) for side, held in of_sides.items()}
+    for name, of in found.get("overhead", {}).items():
+        named[f"an answer's token, {name}, ms"] = _times(1e3, of["seconds_per_token"])
+    for name, of in found.get("sampling", {}).items():
+        if name != "ratio":
+            named[f"sampling, tokens a second, {name.removesuffix('_tokens_per_s')}"] = of
+    return named
+
+
+def _times(factor: float, of: Spread) -> Spread:
+    return {name: factor * value for name, value in of.items()}
+
+
+def show(named: Mapping[str, Spread], title: str) -> None:
+    """A table of figures."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("figure")
+    for column in ("median", "min", "max"):
+        table.add_column(column, justify="right")
+    for name, of in named.items():
+        table.add_row(name, *(f"{of[column]:.4g}" for column in ("median", "min", "max")))
+    Console().print(table)
