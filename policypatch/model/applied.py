@@ -27,10 +27,9 @@ from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import difference, tolerance_of
 from policypatch.model.behind import adopt
 from policypatch.model.in_front import STATE, Applied, Bound, Stack, attend
-from policypatch.model.parts import context_of, decoder_of, sliding_window
+from policypatch.model.parts import KINDS, context_of, decoder_of, sliding_window
 
 PREFIX = "policypatch_"  # of the attention implementations that see a stack
-KINDS = ("sdpa", "eager")
 KNOWN = 64  # stacks that are kept once computed, the last ones used
 
 

@@ -36,7 +36,7 @@ class PrefixBackbone(nn.Module):
         patch: (P, D) float32, what is trained.
         recompute: a layer's activations are computed again in the backward pass rather than kept. With adapters that
             are switched (`policypatch.model.lora`) the switch has to stay as it was until then (`at_work`).
-        compiled: layers run as torch.compile makes them where a batch is one row.
+        compiled: layers run as torch.compile makes them.
         anchor: (A, D) what stands before that which the patched base is compared with; None: nothing, it is the base.
         reference: (R, D) what DPO's reference has in the patch's place; None where it is no patch.
     """
@@ -145,9 +145,10 @@ class PrefixBackbone(nn.Module):
             raise PolicyPatchError(
                 "a prompt has no tokens and no patch stands before it: nothing predicts its completion"
             )
-        states = packed_states(self.model, root, embeddings, positions, tree.allowed, self.recompute, self.compiled)
-        # Column -1 (a completion straight after the root) lands on the root's last state.
-        return states[tree.source_row, tree.source_col + n_root]
+        wanted = tree.source_row, tree.source_col
+        return packed_states(
+            self.model, root, embeddings, positions, tree.allowed, wanted, self.recompute, self.compiled
+        )
 
     def _check_length(self, length: int) -> None:
         # The packed mask is one for all layers, so it cannot also cut off what a sliding layer has forgotten.
@@ -240,8 +241,7 @@ def check_tree(model: PreTrainedModel) -> None:
     kind = type(model).__name__
     try:
         for row_tokens in (512, 8):  # one packed row, and several rows over a shared root
-            backbone = PrefixBackbone(model, patch, row_tokens)
-            shared = backbone.logits(backbone.tree(items))
+            shared = PrefixBackbone(model, patch).logits(build_tree(items, row_tokens).to(model.device))
             plain = torch.cat([plain_logits(model, patch, [*i.prompt], [*c]) for i in items for c in i.completions])
             off = difference(shared, plain, model.dtype)
             if not off <= tolerance_of(model.dtype):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from policypatch.errors import PolicyPatchError
 from policypatch.model.behind import Front, whole_of
+from policypatch.model.parts import attention_of
 from policypatch.patch.manifest import BaseIdentity
 
 STATE = "_policypatch"  # where the modules of a model have it, and a cache what its tokens were read behind
@@ -170,7 +169,9 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention, over the stack's keys and values and then its own."""
     state: Applied = module.__dict__[STATE]
-    inner = state.inner.get(type(module)) or _inner(state, type(module))
+    inner = state.inner.get(type(module))
+    if inner is None:
+        inner = state.inner[type(module)] = attention_of(type(module), state.kind)
     whole = whole_of(key, value)
     batch, _, new, _ = query.shape
     if new == 1 and attention_mask is None and whole is not None and len(state.rows) == 1 and state.positions is None:
@@ -200,13 +201,6 @@ def _mask(
     made = _widened(mask, seen, state.longest, query.shape[2], old, query)
     state.masks[window, query.device] = mask, wanted, made
     return made
-
-
-def _inner(state: Applied, kind: type) -> Any:
-    """What a class of attention computes by; eager attention is a function in the class' own file."""
-    eager = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
-    found = state.inner[kind] = ALL_ATTENTION_FUNCTIONS.get_interface(state.kind, eager)
-    return found
 
 
 def _widened(mask: Tensor | None, seen: Tensor | None, length: int, new: int, old: int, query: Tensor) -> Tensor | None:

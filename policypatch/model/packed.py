@@ -1,23 +1,22 @@
 """A packed tree through the layers of a frozen LM: rows of tokens over one root that all of them see.
 
-Nothing that a layer is given over the rows changes while it runs, so that its activations may be computed again in the
-backward pass.
+Nothing that a layer is given changes while it runs, so that its activations may be computed again in the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
 from policypatch.errors import PolicyPatchError
+from policypatch.model.over_root import can_stand_over_root, over_root
 from policypatch.model.parts import decoder_of, layers_of
 
 COMPILED = "_policypatch_compiled"  # a layer's attribute
@@ -29,10 +28,11 @@ def packed_states(
     embeddings: Tensor,
     positions: Tensor,
     allowed: Tensor,
+    wanted: tuple[Tensor, Tensor],
     recompute: bool,
     compiled: bool = False,
 ) -> Tensor:
-    """Last hidden states (R, n + T, D) of a root and R rows over it.
+    """Last hidden states (N, D) of R rows over a root.
 
     Args:
         model: the frozen LM.
@@ -40,26 +40,31 @@ def packed_states(
         embeddings: (R, T, D) of the rows' tokens.
         positions: (R, T) of these.
         allowed: (R, T, T) bool, what a token sees of its own row.
+        wanted: (N,) rows and (N,) columns of the states that are asked for; column -1 is the root's last.
         recompute: the rows' activations are computed again in the backward pass rather than kept.
-        compiled: layers run as torch.compile makes them, where root and tokens stand in one row: a cache in between
-            would be compiled anew for every length.
+        compiled: layers run as torch.compile makes them.
 
     Raises:
-        PolicyPatchError: one of these, and the model's layers are not known.
+        PolicyPatchError: one of the last two, and the model's layers are not known.
     """
-    training = torch.is_grad_enabled()
-    if len(allowed) == 1 or len(root) == 0:
-        with _other_forwards(model, recompute and training, compiled and training):
-            return _one_pass(model, root, embeddings, positions, allowed)
-    first, behind = _root_pass(model, root)
-    with _other_forwards(model, recompute and training, compiled=False):
-        states = _rows_pass(model, behind, embeddings, positions, allowed)
-    return torch.cat([first.expand(len(allowed), -1, -1), states], 1)
+    recompute, compiled = (asked and torch.is_grad_enabled() for asked in (recompute, compiled))
+    several = len(allowed) > 1 and len(root) > 0 and can_stand_over_root(model)
+    attention = partial(over_root, model) if several else nullcontext
+    with attention(), _other_forwards(model, attention, recompute, compiled):
+        one_pass = _over_root if several else _each_behind_root
+        return one_pass(model, root, embeddings, positions, allowed, wanted)
 
 
-def _one_pass(model: PreTrainedModel, root: Tensor, embeddings: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-    """Root and tokens in the same row."""
-    rows, width, n = *allowed.shape[:2], root.shape[0]
+def _each_behind_root(
+    model: PreTrainedModel,
+    root: Tensor,
+    embeddings: Tensor,
+    positions: Tensor,
+    allowed: Tensor,
+    wanted: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Every row with a root of its own: nothing is lost by that where there is one row, or no root."""
+    rows, width, n = *allowed.shape[:2], len(root)
     full = torch.zeros(rows, n + width, n + width, dtype=torch.bool, device=allowed.device)
     full[:, :n, :n] = torch.ones(n, n, dtype=torch.bool, device=allowed.device).tril()
     full[:, n:, :n] = True
@@ -71,64 +76,41 @@ def _one_pass(model: PreTrainedModel, root: Tensor, embeddings: Tensor, position
         position_ids=torch.cat([ahead, positions], 1),
         use_cache=False,
     )
-    states: Tensor = output.last_hidden_state
+    row, column = wanted
+    states: Tensor = output.last_hidden_state[row, column + n]
     return states
 
 
-def _root_pass(model: PreTrainedModel, root: Tensor) -> tuple[Tensor, DynamicCache]:
-    """The root once at batch 1, with gradient: states (1, n, D), and keys and values for rows to stand behind."""
-    n = len(root)
-    causal = torch.ones(1, n, n, dtype=torch.bool, device=root.device).tril()
-    cache, behind = DynamicCache(), DynamicCache()
-    states = decoder_of(model)(
-        inputs_embeds=root[None],
-        attention_mask=_additive(causal, model.dtype),
-        position_ids=torch.arange(n, device=root.device)[None],
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    behind.layers = [_OverRoot(layer.keys, layer.values) for layer in cache.layers]
-    return states, behind
-
-
-def _rows_pass(
-    model: PreTrainedModel, behind: DynamicCache, embeddings: Tensor, positions: Tensor, allowed: Tensor
+def _over_root(
+    model: PreTrainedModel,
+    root: Tensor,
+    embeddings: Tensor,
+    positions: Tensor,
+    allowed: Tensor,
+    wanted: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """The rows' states (R, T, D) behind a root."""
-    seen = torch.cat([allowed.new_ones(*allowed.shape[:2], behind.get_seq_length()), allowed], 2)
+    """The root once, and the rows behind it, end to end in one sequence."""
+    rows, width, n = *allowed.shape[:2], len(root)
+    seen = torch.cat([allowed.new_ones(rows, width, n), allowed], 2)
     output = decoder_of(model)(
-        inputs_embeds=embeddings,
+        inputs_embeds=torch.cat([root, embeddings.flatten(0, 1)])[None],
         attention_mask=_additive(seen, model.dtype),
-        position_ids=positions,
-        past_key_values=behind,
-        use_cache=True,
+        position_ids=torch.cat([torch.arange(n, device=positions.device), positions.flatten()])[None],
+        use_cache=False,
     )
-    states: Tensor = output.last_hidden_state
+    row, column = wanted
+    states: Tensor = output.last_hidden_state[0, n + torch.where(column < 0, -1, row * width + column)]
     return states
-
-
-class _OverRoot(DynamicLayer):
-    """What a row attends to: the root's keys and values (1, heads, n, d), then its own, which are not kept."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        rows = len(key_states)  # a view for each: autograd sums the rows' gradients
-        keys = torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], 2)
-        return keys, torch.cat([self.values.expand(rows, -1, -1, -1), value_states], 2)
 
 
 @contextmanager
-def _other_forwards(model: PreTrainedModel, recompute: bool, compiled: bool) -> Iterator[None]:
+def _other_forwards(
+    model: PreTrainedModel, attention: Callable[[], AbstractContextManager[None]], recompute: bool, compiled: bool
+) -> Iterator[None]:
     """Layers that keep their inputs alone and run again in the backward pass, or that torch.compile has made.
 
     The first not by transformers' own switch, which takes a layer's cache away and works on models in training mode
-    only.
+    only. `attention` is what stands around the model now, and must stand around a layer that runs again.
     """
     if not (recompute or compiled):
         yield
@@ -141,12 +123,19 @@ def _other_forwards(model: PreTrainedModel, recompute: bool, compiled: bool) -> 
         )
     for layer in layers:
         forward = _compiled(layer) if compiled else layer.forward
-        layer.forward = partial(checkpoint, forward, use_reentrant=False) if recompute else forward
+        if recompute:
+            forward = partial(checkpoint, partial(_within, attention, forward), use_reentrant=False)
+        layer.forward = forward
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _within(attention: Callable[[], AbstractContextManager[None]], forward: Any, *args: Any, **kwargs: Any) -> Any:
+    with attention():
+        return forward(*args, **kwargs)
 
 
 def _compiled(layer: nn.Module) -> Any:

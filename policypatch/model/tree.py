@@ -5,9 +5,9 @@ laid out end to end ("packed"), each with the position it would have in its own 
 a token see its ancestors in the tree and nothing else. For B pairs this is `P + C + sum(Lp) + sum(Lc + Lr)` tokens
 where concatenation costs `2B (P + Lp + Lc)`; the numbers that come out are the same.
 
-Attention cost grows with the square of a packed row, so a large batch becomes several rows, which all read the keys
-and values of one shared root (patch + common prefix). How many is whatever costs least: rows that do not come out even
-are padded, and the root is then a pass of its own.
+Attention cost grows with the square of a packed row, so a batch becomes several rows, which all read the keys and
+values of one shared root (patch + common prefix). How many is whatever costs least: rows that do not come out even are
+padded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 TRIED = 16  # numbers of rows that are tried at most, about
-PASS = 64  # tokens that a pass of its own through the layers costs beside its tokens: it reads every weight
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,7 @@ class Cost:
         n, keys_a_token = self.front + root, 3 * self.width
         if rows == 1:
             return n + longest + (n + longest) ** 2 / keys_a_token
-        passes = PASS + n + n**2 / keys_a_token
-        return passes + rows * longest * (1 + (n + longest) / keys_a_token)
+        return n + n**2 / keys_a_token + rows * longest * (1 + (n + longest) / keys_a_token)
 
 
 def build_tree(items: Sequence[Item], max_row_tokens: int = 512, cost: Cost | None = None) -> Tree:

@@ -38,6 +38,7 @@ CODE = {  # what a training step goes through: another version of it is another 
         "company.py",
         "head.py",
         "lora.py",
+        "over_root.py",
         "packed.py",
         "parts.py",
         "sharded.py",

@@ -225,8 +225,9 @@ def test_what_is_computed_again_is_the_same_and_not_kept(tiny_llama, vectors, ro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_layers_compute_the_same(tiny_llama, vectors, recompute: bool):
-    plain, compiled = PrefixBackbone(tiny_llama, vectors), PrefixBackbone(tiny_llama, vectors)
+@pytest.mark.parametrize("row_tokens", [16, 512])
+def test_compiled_layers_compute_the_same(tiny_llama, vectors, row_tokens: int, recompute: bool):
+    plain, compiled = (PrefixBackbone(tiny_llama, vectors, row_tokens) for _ in range(2))
     compiled.compiled, compiled.recompute = True, recompute
     for items in (ITEMS, ITEMS[:1]):  # another length
         expected, found = (loss_and_gradient(backbone, items) for backbone in (plain, compiled))

@@ -67,8 +67,7 @@ def test_tree_equals_plain_concatenation(architecture, make_patch_for, case):
     assert expected_gradient.norm() > 0
     rows = []
     for row_tokens in (512, 12):
-        backbone = PrefixBackbone(architecture, vectors, row_tokens)
-        tree = backbone.tree(items)
+        backbone, tree = PrefixBackbone(architecture, vectors), build_tree(items, row_tokens)
         rows.append(tree.ids.shape[0])
         loss = sft_like(by_completion(backbone.completion_logprobs(tree), tree))
         loss.backward()
