@@ -74,6 +74,7 @@ class PairFilter:
         per_prompt: at most this many pairs of one prompt, each candidate used once.
         hard_negatives: whether a teacher's own risky candidates are rejected sides, too, of as many pairs again: they
             lie between what is learnt and what the base does, where neither of the two says which way is right.
+        cut_rejected: whether a rejected side ends where the judges first find it unsafe (`policypatch.data.cut`).
 
     Raises:
         PolicyPatchError: a field that no filter could use.
@@ -86,6 +87,7 @@ class PairFilter:
     max_repetition: float = 0.1
     per_prompt: int = 1
     hard_negatives: bool = False
+    cut_rejected: bool = False
 
     def __post_init__(self) -> None:
         """Refuse bad values where they live, whoever gives them."""
