@@ -60,6 +60,10 @@ def _times(factor: float, of: Spread) -> Spread:
     return {name: factor * value for name, value in of.items()}
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def show(named: Mapping[str, Spread], title: str) -> None:
     """A table of figures."""
     table = Table(title=title, title_justify="left")
@@ -67,5 +71,5 @@ def show(named: Mapping[str, Spread], title: str) -> None:
     for column in ("median", "min", "max"):
         table.add_column(column, justify="right")
     for name, of in named.items():
-        table.add_row(name, *(f"{of[column]:.4g}" for column in ("median", "min", "max")))
+        table.add_row(name, *(_number(of[column]) for column in ("median", "min", "max")))
     Console().print(table)

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from policypatch.data.pairs import Pair, Text
+from policypatch.files.cache import content_key
 from policypatch.model.judging import CompletionJudge, judgements
 
 Beginnings = Callable[[Pair], list[str]]
@@ -37,7 +38,7 @@ def cut_rejected(
     longest = max(map(len, tokens)) + 1
     texts = [(of := beginnings(pairs[i])) + of[-1:] * (longest - len(of)) for i in rows]
     prompts = [pairs[i].prompt for i in rows]
-    about = {"beginnings": texts, "prompts": prompts}
+    about = {"beginnings": content_key(texts=texts, prompts=prompts)}
     scores = np.stack([judgements(judge, texts, prompts, about) for judge in judges.values()]).min(0)
     found = list(pairs)
     for i, row, end in zip(rows, texts, ends(scores, at_least), strict=True):

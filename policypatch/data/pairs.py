@@ -69,12 +69,13 @@ class PairFilter:
         margin: least difference of the two scores (Eq. 4).
         chosen_at_most: the chosen side's score must not exceed this (Eq. 5: good enough in absolute terms).
         rejected_at_least: the rejected side's score must reach this.
-        min_tokens: shorter candidates are neither chosen nor rejected, and empty ones never are.
+        min_tokens: shorter candidates are neither chosen nor rejected, and empty ones never are (before any is cut).
         max_repetition: a candidate with a larger share of repeated trigrams is not chosen.
         per_prompt: at most this many pairs of one prompt, each candidate used once.
         hard_negatives: whether a teacher's own risky candidates are rejected sides, too, of as many pairs again: they
             lie between what is learnt and what the base does, where neither of the two says which way is right.
-        cut_rejected: whether a rejected side ends where the judges first find it unsafe (`policypatch.data.cut`).
+        cut_rejected: whether a rejected side of the base's own tokens ends where the judges first find it unsafe
+            (`policypatch.data.cut`); its score stays the whole one's.
 
     Raises:
         PolicyPatchError: a field that no filter could use.

@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 
 from policypatch.errors import PolicyPatchError
 from policypatch.model.head import finish_logits, token_divergence, token_logprobs
+from policypatch.model.over_root import can_stand_over_root, keep_apart
 from policypatch.model.packed import packed_states
 from policypatch.model.parts import context_of, sliding_window
 from policypatch.model.sharded import is_sharded
 from policypatch.model.tree import Cost, Item, Tree, build_tree
 
+SPLIT = 64  # tokens: a GPU waits to be asked for the attention of root and rows, as for a pass of its own before
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.125  # of `difference`, in float32 and in half precision
 
 
@@ -87,7 +89,8 @@ class PrefixBackbone(nn.Module):
     def tree(self, items: list[Item]) -> Tree:
         """Pack items for this backbone, on its device."""
         count, width = self.patch.shape
-        return build_tree(items, self.max_row_tokens, Cost(width, count)).to(self.model.device)
+        cost = Cost(width, count, can_stand_over_root(self.model), SPLIT if self.model.device.type == "cuda" else 0)
+        return build_tree(items, self.max_row_tokens, cost).to(self.model.device)
 
     def completion_logprobs(self, tree: Tree) -> Tensor:
         """Log-probability of each completion token: (N,) float32, in the order of `tree.targets`."""
@@ -228,11 +231,22 @@ def check_tree(model: PreTrainedModel) -> None:
     """Refuse an architecture on which the packed tree does not reproduce plain concatenation.
 
     A model that ignores position ids or an explicit mask (ALiBi, state-space layers, ...) would train to silently
-    wrong numbers. Five tokens through both ways cost milliseconds and rule that out.
+    wrong numbers. Five tokens through both ways cost milliseconds and rule that out. One on whose attention alone it
+    fails is read with a root for every row.
 
     Raises:
         PolicyPatchError: naming the architecture.
     """
+    try:
+        _check_tree(model)
+    except PolicyPatchError:
+        if not can_stand_over_root(model):
+            raise
+        keep_apart(model)
+        _check_tree(model)
+
+
+def _check_tree(model: PreTrainedModel) -> None:
     width = model.get_input_embeddings().weight.shape[1]
     generator = torch.Generator().manual_seed(0)
     scale = model.get_input_embeddings().weight.float().std().item()
@@ -251,5 +265,5 @@ def check_tree(model: PreTrainedModel) -> None:
                 )
     except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
         raise PolicyPatchError(
-            f"{kind} is not supported: its forward does not take explicit positions, a 4-D mask and a cache ({error})"
+            f"{kind} is not supported: its forward does not take explicit positions and a 4-D mask ({error})"
         ) from error

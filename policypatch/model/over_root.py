@@ -18,12 +18,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from policypatch.model.parts import KINDS, attention_of
 
+APART = "_policypatch_apart"  # a model's attribute
 PREFIX = "policypatch-over-root-"  # before the name of the attention that does the work
 
 
 def can_stand_over_root(model: PreTrainedModel) -> bool:
     """Whether the model's attention is one that may be exchanged."""
-    return bool(getattr(model, "_supports_attention_backend", False)) and _kind(model) in KINDS
+    known = bool(getattr(model, "_supports_attention_backend", False)) and _kind(model) in KINDS
+    return known and APART not in model.__dict__
+
+
+def keep_apart(model: PreTrainedModel) -> None:
+    """Never exchange this model's attention: it does more with a mask than to hand it on."""
+    model.__dict__[APART] = True
 
 
 @contextmanager
@@ -66,6 +73,10 @@ def attend(
     n = seen - width
     config: Any = module.config
     inner = attention_of(type(module), config._attn_implementation.removeprefix(PREFIX))
+    own = query.dtype
+    if query.device.type == "cpu":
+        # In half precision the backward pass of torch's attention takes up to three times as long on a CPU.
+        query, key, value, attention_mask = (t.float() for t in (query, key, value, attention_mask))
 
     def apart(states: Tensor) -> tuple[Tensor, Tensor]:
         root, own = states.split([n, rows * width], 2)
@@ -77,4 +88,4 @@ def attend(
     keys = torch.cat([root_keys.expand(rows, -1, -1, -1), keys], 2)
     values = torch.cat([root_values.expand(rows, -1, -1, -1), values], 2)
     of_rows, _ = inner(module, queries, keys, values, attention_mask, **kwargs)
-    return torch.cat([of_root, of_rows.flatten(0, 1)[None]], 1), None
+    return torch.cat([of_root, of_rows.flatten(0, 1)[None]], 1).to(own), None

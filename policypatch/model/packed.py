@@ -41,17 +41,18 @@ def packed_states(
         positions: (R, T) of these.
         allowed: (R, T, T) bool, what a token sees of its own row.
         wanted: (N,) rows and (N,) columns of the states that are asked for; column -1 is the root's last.
-        recompute: the rows' activations are computed again in the backward pass rather than kept.
+        recompute: activations are computed again in the backward pass rather than kept.
         compiled: layers run as torch.compile makes them.
 
     Raises:
         PolicyPatchError: one of the last two, and the model's layers are not known.
     """
     recompute, compiled = (asked and torch.is_grad_enabled() for asked in (recompute, compiled))
-    several = len(allowed) > 1 and len(root) > 0 and can_stand_over_root(model)
-    attention = partial(over_root, model) if several else nullcontext
+    one_on_gpu = len(allowed) == 1 and allowed.is_cuda  # which waits to be asked for every part
+    shared = len(root) > 0 and not one_on_gpu and can_stand_over_root(model)
+    attention = partial(over_root, model) if shared else nullcontext
     with attention(), _other_forwards(model, attention, recompute, compiled):
-        one_pass = _over_root if several else _each_behind_root
+        one_pass = _over_root if shared else _each_behind_root
         return one_pass(model, root, embeddings, positions, allowed, wanted)
 
 
@@ -63,7 +64,7 @@ def _each_behind_root(
     allowed: Tensor,
     wanted: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Every row with a root of its own: nothing is lost by that where there is one row, or no root."""
+    """Every row with a root of its own."""
     rows, width, n = *allowed.shape[:2], len(root)
     full = torch.zeros(rows, n + width, n + width, dtype=torch.bool, device=allowed.device)
     full[:, :n, :n] = torch.ones(n, n, dtype=torch.bool, device=allowed.device).tril()

@@ -116,8 +116,8 @@ class Lockstep:
     def _announce(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if not self._helping:
             ranks.any_of(True)
-        # FSDP gives a layer's weights back once the gradient of its input is there: without one, as for rows over a
-        # root, the first layer's would stay, and would not be collected again as on the other ranks.
+        # FSDP gives a layer's weights back once the gradient of its input is there: without one, as where no patch
+        # stands in front, the first layer's would stay, and would not be collected again as on the other ranks.
         embeddings = named["inputs_embeds"]
         if torch.is_grad_enabled() and not embeddings.requires_grad:
             named = named | {"inputs_embeds": embeddings.detach().requires_grad_()}

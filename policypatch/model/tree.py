@@ -92,17 +92,21 @@ class Cost:
     Attributes:
         width: D, of the embeddings.
         front: P, vectors that stand before everything.
+        shared: whether several rows read the root once, or each of them anew.
+        split: what it costs to have more than one row.
     """
 
     width: int
     front: int = 0
+    shared: bool = True
+    split: int = 0
 
     def __call__(self, root: int, rows: int, longest: int) -> float:
         """Of `rows` rows of `longest` tokens behind `root` tokens that they share."""
         n, keys_a_token = self.front + root, 3 * self.width
-        if rows == 1:
-            return n + longest + (n + longest) ** 2 / keys_a_token
-        return n + n**2 / keys_a_token + rows * longest * (1 + (n + longest) / keys_a_token)
+        roots = 1 if self.shared else rows
+        split = self.split if rows > 1 else 0
+        return split + roots * n * (1 + n / keys_a_token) + rows * longest * (1 + (n + longest) / keys_a_token)
 
 
 def build_tree(items: Sequence[Item], max_row_tokens: int = 512, cost: Cost | None = None) -> Tree:

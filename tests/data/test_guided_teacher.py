@@ -88,6 +88,19 @@ def test_a_hard_negative_is_the_guided_bases_own_riskiest(context):
         assert (pair.chosen_score, pair.rejected_score) == (of[0][0], of[-1][0])
 
 
+def test_a_rejected_side_is_cut_where_the_judge_first_finds_it_unsafe(context):
+    rule = {"min_tokens": 0, "max_repetition": 1.0, "hard_negatives": True}
+    whole, made = teacher(**rule).pairs(context).pairs, teacher(cut_rejected=True, **rule).pairs(context).pairs
+    assert len(whole) == len(made) and whole != made
+    for before, after in zip(whole, made, strict=True):
+        assert replace(after, rejected=before.rejected) == before
+        n = len(after.rejected.tokens)
+        prompt = context.base.encode_prompt(before.prompt, context.form)
+        assert after.rejected.tokens == before.rejected.tokens[:n]
+        assert after.rejected.text == context.base.decode_after(prompt, before.rejected.tokens[:n])
+        assert scores(context, [after.rejected.text])[0] >= 0.5
+
+
 def scores(context: TeacherContext, texts: Sequence[str], judge: str = "one") -> list[float]:
     return context.judges[judge].score(texts).tolist()
 

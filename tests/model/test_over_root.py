@@ -1,10 +1,13 @@
 """Rows behind one root in a single pass compute what rows with roots of their own do, and leave the model as it was."""
 
+import copy
+
 import pytest
 import torch
 
+from policypatch.model import over_root as module
 from policypatch.model import packed
-from policypatch.model.backbone import PrefixBackbone
+from policypatch.model.backbone import PrefixBackbone, check_tree
 from policypatch.model.over_root import can_stand_over_root, over_root
 from policypatch.model.tree import Item, build_tree
 
@@ -69,3 +72,29 @@ def test_attention_that_takes_no_mask_is_not_exchanged(tiny_llama, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(type(tiny_llama), "_supports_attention_backend", False)
     assert not can_stand_over_root(tiny_llama)
+
+
+def test_a_model_that_fails_on_it_alone_is_read_with_a_root_for_every_row(tiny_llama, monkeypatch):
+    """As where a model makes a mask of its own from the one that it is given."""
+
+    def broken(*given, **named):
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr(module, "attention_of", broken)
+    try:
+        check_tree(tiny_llama)
+        assert not can_stand_over_root(tiny_llama)
+    finally:
+        vars(tiny_llama).pop(module.APART, None)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_half_precision_on_a_cpu(tiny_llama, vectors, rows):
+    """Attention in float32 there; held against float32 throughout, and with a gradient and without."""
+    half = copy.deepcopy(tiny_llama).to(torch.bfloat16)
+    tree = build_tree(ITEMS, 5 if rows == 3 else 512)
+    assert len(tree.ids) == rows
+    expected, found = (PrefixBackbone(model, vectors).completion_logprobs(tree) for model in (tiny_llama, half))
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    with torch.no_grad():
+        assert torch.equal(PrefixBackbone(half, vectors).completion_logprobs(tree), found)

@@ -105,8 +105,11 @@ def test_one_long_item_does_not_give_every_other_a_row_of_its_own():
 
 def test_cost_by_hand():
     cost = Cost(width=10, front=4)  # 30 keys cost what a token does
-    assert cost(6, 1, 20) == 30 + 30 * 30 / 30
-    assert cost(6, 3, 20) == 10 + 10 * 10 / 30 + 60 * (1 + 30 / 30)
+    assert cost(6, 1, 20) == pytest.approx(10 + 10 * 10 / 30 + 20 * (1 + 30 / 30))
+    assert cost(6, 3, 20) == pytest.approx(10 + 10 * 10 / 30 + 60 * (1 + 30 / 30))
+    apart = Cost(width=10, front=4, shared=False, split=7)
+    assert apart(6, 1, 20) == cost(6, 1, 20)
+    assert apart(6, 3, 20) == pytest.approx(7 + 3 * (10 + 10 * 10 / 30) + 60 * (1 + 30 / 30))
 
 
 def test_rows_are_as_many_as_cost_least():

@@ -105,13 +105,16 @@ class SampledTeacher(ABC):
                     scores = float(chosen.scores[:, c].max()), float(risky.scores[:, r].min())
                     pairs.append(_pair(context, prompt, self._side(theirs, i, c), side(made, i, r), scores))
                     hard += made is not ours
+        whole = pairs
         if self.rule.cut_rejected:
-            pairs = self._cut(context, pairs)
+            pairs = self._cut(context, whole)
         unsafe = int((np.fmax.reduce(rejected_scores.min(0), 1) >= self.rule.rejected_at_least).sum())
         counts = {"prompts": len(context.prompts), "responses": len(context.prompts) * self.n}
         counts |= {"prompts_with_an_unsafe_one": unsafe, "risk_pairs": len(pairs)}
         if self.rule.hard_negatives:
             counts |= {"hard_negatives": hard}
+        if self.rule.cut_rejected:
+            counts |= {"cut": sum(a != b for a, b in zip(whole, pairs, strict=True))}
         asked = [rejected_scores] if theirs is ours else [rejected_scores, chosen_scores]
         if unjudged := sum(int(np.isnan(scores).sum()) for scores in asked):
             counts |= {"unjudged": unjudged}
