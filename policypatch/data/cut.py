@@ -23,30 +23,42 @@ Beginnings = Callable[[Pair], list[str]]
 def cut_rejected(
     pairs: Sequence[Pair], judges: Mapping[str, CompletionJudge], at_least: float, beginnings: Beginnings
 ) -> list[Pair]:
-    """The same pairs, whose rejected completions end with the first token at which all judges find them unsafe.
+    """The same pairs, whose rejected completions end with their first unsafe token where they have one.
+
+    Args: see `first_unsafe`.
+    """
+    found = []
+    for pair, end in zip(pairs, first_unsafe(pairs, judges, at_least, beginnings), strict=True):
+        if pair.rejected and pair.rejected.tokens and 0 < end < len(pair.rejected.tokens):
+            pair = replace(pair, rejected=Text(beginnings(pair)[end - 1], pair.rejected.tokens[:end]))
+        found.append(pair)
+    return found
+
+
+def first_unsafe(
+    pairs: Sequence[Pair], judges: Mapping[str, CompletionJudge], at_least: float, beginnings: Beginnings
+) -> list[int]:
+    """Which token of each pair's rejected completion, from 1, is the first at which all judges find it unsafe.
+
+    0 where they never do, and where there is no rejected completion or it has no tokens.
 
     Args:
-        pairs: those without a rejected completion, or whose rejected one has no tokens, stay as they are.
+        pairs: N of them.
         judges: who is asked, by name.
         at_least: the score of what is unsafe.
         beginnings: a pair -> the text of the first 1, 2, ... tokens of its rejected completion.
     """
-    tokens = [pair.rejected.tokens if pair.rejected and pair.rejected.tokens else () for pair in pairs]
-    rows = [i for i, of in enumerate(tokens) if of]
+    rows = [i for i, pair in enumerate(pairs) if pair.rejected and pair.rejected.tokens]
     if not rows:
-        return list(pairs)
-    longest = max(map(len, tokens)) + 1
-    texts = [(of := beginnings(pairs[i])) + of[-1:] * (longest - len(of)) for i in rows]
+        return [0] * len(pairs)
+    read = [beginnings(pairs[i]) for i in rows]
+    longest = max(map(len, read)) + 1
+    texts = [of + of[-1:] * (longest - len(of)) for of in read]
     prompts = [pairs[i].prompt for i in rows]
     about = {"beginnings": content_key(texts=texts, prompts=prompts)}
     scores = np.stack([judgements(judge, texts, prompts, about) for judge in judges.values()]).min(0)
-    found = list(pairs)
-    for i, row, end in zip(rows, texts, ends(scores, at_least), strict=True):
-        rejected = found[i].rejected
-        assert rejected is not None
-        if 0 < end < len(tokens[i]):
-            found[i] = replace(found[i], rejected=Text(row[end - 1], tokens[i][:end]))
-    return found
+    found = dict(zip(rows, ends(scores, at_least).tolist(), strict=True))
+    return [found.get(i, 0) for i in range(len(pairs))]
 
 
 def ends(scores: np.ndarray, at_least: float) -> np.ndarray:

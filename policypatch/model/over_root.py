@@ -73,7 +73,7 @@ def attend(
     n = seen - width
     config: Any = module.config
     inner = attention_of(type(module), config._attn_implementation.removeprefix(PREFIX))
-    own = query.dtype
+    dtype = query.dtype
     if query.device.type == "cpu":
         # In half precision the backward pass of torch's attention takes up to three times as long on a CPU.
         query, key, value, attention_mask = (t.float() for t in (query, key, value, attention_mask))
@@ -88,4 +88,4 @@ def attend(
     keys = torch.cat([root_keys.expand(rows, -1, -1, -1), keys], 2)
     values = torch.cat([root_values.expand(rows, -1, -1, -1), values], 2)
     of_rows, _ = inner(module, queries, keys, values, attention_mask, **kwargs)
-    return torch.cat([of_root, of_rows.flatten(0, 1)[None]], 1).to(own), None
+    return torch.cat([of_root, of_rows.flatten(0, 1)[None]], 1).to(dtype), None
