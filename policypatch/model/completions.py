@@ -7,6 +7,7 @@ and another filter costs no decoding.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -164,7 +165,13 @@ def complete(
                     journal.add([numbers, completions])
                 advance(len(numbers))
 
-            return sample(base.model, ours, patch, k, sampling, seed, base.eos, max_rows, known, finished)
+            started = time.monotonic()
+            made = sample(base.model, ours, patch, k, sampling, seed, base.eos, max_rows, known, finished)
+            drawn = sum(len(c) for i, row in enumerate(made) if i not in known for c in row)
+            if drawn:
+                seconds = time.monotonic() - started
+                log.info("sampling for %s: %d tokens in %.0f s, %.0f a second", what, drawn, seconds, drawn / seconds)
+            return made
 
     def build(folder: Path) -> None:
         write_json(folder / "tokens.json", [row for part in ranks.parts(len(encoded), make) for row in part])
