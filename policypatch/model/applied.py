@@ -20,14 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from policypatch.errors import PolicyPatchError
+from policypatch.model.attention import KINDS, register
 from policypatch.model.backbone import difference, tolerance_of
 from policypatch.model.behind import adopt
 from policypatch.model.in_front import STATE, Applied, Bound, Stack, attend
-from policypatch.model.parts import KINDS, context_of, decoder_of, sliding_window
+from policypatch.model.parts import context_of, decoder_of, sliding_window
 
 PREFIX = "policypatch_"  # of the attention implementations that see a stack
 KNOWN = 64  # stacks that are kept once computed, the last ones used
@@ -119,9 +118,7 @@ def _install(model: PreTrainedModel) -> None:
         )
     state = Applied(kind, window=sliding_window(model))
     for name in KINDS:
-        if PREFIX + name not in ALL_ATTENTION_FUNCTIONS:
-            ALL_ATTENTION_FUNCTIONS.register(PREFIX + name, attend)
-            ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+        register(PREFIX + name, attend, name)
     model.config._attn_implementation = PREFIX + kind
     for module in model.modules():
         module.__dict__[STATE] = state  # neither parameter nor submodule, and in no state_dict

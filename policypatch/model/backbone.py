@@ -7,6 +7,7 @@ The patch is P vectors of the embedding width, fed as input embeddings before ev
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -21,6 +22,8 @@ from policypatch.model.packed import packed_states
 from policypatch.model.parts import context_of, sliding_window
 from policypatch.model.sharded import is_sharded
 from policypatch.model.tree import Cost, Item, Tree, build_tree
+
+log = logging.getLogger(__name__)
 
 SPLIT = 64  # tokens: a GPU waits to be asked for the attention of root and rows, as for a pass of its own before
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.125  # of `difference`, in float32 and in half precision
@@ -239,9 +242,10 @@ def check_tree(model: PreTrainedModel) -> None:
     """
     try:
         _check_tree(model)
-    except PolicyPatchError:
+    except PolicyPatchError as error:
         if not can_stand_over_root(model):
             raise
+        log.info("every row of a batch gets a root of its own, as the model's attention cannot be exchanged: %s", error)
         keep_apart(model)
         _check_tree(model)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from policypatch.errors import PolicyPatchError
+from policypatch.model.attention import attention_of
 from policypatch.model.behind import Front, whole_of
-from policypatch.model.parts import attention_of
 from policypatch.patch.manifest import BaseIdentity
 
 STATE = "_policypatch"  # where the modules of a model have it, and a cache what its tokens were read behind

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from policypatch.model.parts import KINDS, attention_of
+from policypatch.model.attention import KINDS, attention_of, register
 
 APART = "_policypatch_apart"  # a model's attribute
 PREFIX = "policypatch-over-root-"  # before the name of the attention that does the work
@@ -40,9 +38,7 @@ def over_root(model: PreTrainedModel) -> Iterator[None]:
     Its attention mask is the rows' own, (R, 1, T, n + T), and says by its shape what n, R and T are.
     """
     kind, before = _kind(model), model.config._attn_implementation
-    if PREFIX + kind not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(PREFIX + kind, attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + kind, ALL_MASK_ATTENTION_FUNCTIONS[kind])
+    register(PREFIX + kind, attend, kind)
     model.config._attn_implementation = PREFIX + kind
     try:
         yield

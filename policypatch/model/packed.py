@@ -51,57 +51,27 @@ def packed_states(
     one_on_gpu = len(allowed) == 1 and allowed.is_cuda  # which waits to be asked for every part
     shared = len(root) > 0 and not one_on_gpu and can_stand_over_root(model)
     attention = partial(over_root, model) if shared else nullcontext
-    with attention(), _other_forwards(model, attention, recompute, compiled):
-        one_pass = _over_root if shared else _each_behind_root
-        return one_pass(model, root, embeddings, positions, allowed, wanted)
-
-
-def _each_behind_root(
-    model: PreTrainedModel,
-    root: Tensor,
-    embeddings: Tensor,
-    positions: Tensor,
-    allowed: Tensor,
-    wanted: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Every row with a root of its own."""
     rows, width, n = *allowed.shape[:2], len(root)
-    full = torch.zeros(rows, n + width, n + width, dtype=torch.bool, device=allowed.device)
-    full[:, :n, :n] = torch.ones(n, n, dtype=torch.bool, device=allowed.device).tril()
-    full[:, n:, :n] = True
-    full[:, n:, n:] = allowed
-    ahead = torch.arange(n, device=positions.device).expand(rows, n)
-    output = decoder_of(model)(
-        inputs_embeds=torch.cat([root.expand(rows, *root.shape), embeddings], 1),
-        attention_mask=_additive(full, model.dtype),
-        position_ids=torch.cat([ahead, positions], 1),
-        use_cache=False,
-    )
     row, column = wanted
-    states: Tensor = output.last_hidden_state[row, column + n]
-    return states
-
-
-def _over_root(
-    model: PreTrainedModel,
-    root: Tensor,
-    embeddings: Tensor,
-    positions: Tensor,
-    allowed: Tensor,
-    wanted: tuple[Tensor, Tensor],
-) -> Tensor:
-    """The root once, and the rows behind it, end to end in one sequence."""
-    rows, width, n = *allowed.shape[:2], len(root)
+    ahead = torch.arange(n, device=positions.device)
     seen = torch.cat([allowed.new_ones(rows, width, n), allowed], 2)
-    output = decoder_of(model)(
-        inputs_embeds=torch.cat([root, embeddings.flatten(0, 1)])[None],
-        attention_mask=_additive(seen, model.dtype),
-        position_ids=torch.cat([torch.arange(n, device=positions.device), positions.flatten()])[None],
-        use_cache=False,
-    )
-    row, column = wanted
-    states: Tensor = output.last_hidden_state[0, n + torch.where(column < 0, -1, row * width + column)]
-    return states
+    if shared:  # root and rows end to end
+        inputs = torch.cat([root, embeddings.flatten(0, 1)])[None]
+        places = torch.cat([ahead, positions.flatten()])[None]
+        at = torch.zeros_like(row), n + torch.where(column < 0, -1, row * width + column)
+    else:  # every row with a root of its own
+        inputs = torch.cat([root.expand(rows, *root.shape), embeddings], 1)
+        places = torch.cat([ahead.expand(rows, n), positions], 1)
+        at = row, n + column
+        seen = torch.cat([seen.new_ones(n, n + width).tril().expand(rows, -1, -1), seen], 1)
+    with attention(), _other_forwards(model, attention, recompute, compiled):
+        states: Tensor = decoder_of(model)(
+            inputs_embeds=inputs,
+            attention_mask=_additive(seen, model.dtype),
+            position_ids=places,
+            use_cache=False,
+        ).last_hidden_state
+    return states[at]
 
 
 @contextmanager

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-KINDS = ("sdpa", "eager")  # attention that takes any mask and any number of keys: it may be put to other use
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -21,12 +17,6 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """The LM's layers, in order; none where transformers does not mark them."""
     return [module for module in decoder_of(model).modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def attention_of(layer: type, kind: str) -> Any:
-    """What a class of attention layer computes by; eager attention is a function in the class' own file."""
-    eager = getattr(sys.modules[layer.__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager)
 
 
 def context_of(config: Any) -> int | None:

@@ -34,6 +34,7 @@ CODE = {  # what a training step goes through: another version of it is another 
     "policypatch.train": None,
     "policypatch.data": ("balance.py", "datamodule.py"),
     "policypatch.model": (
+        "attention.py",
         "backbone.py",
         "company.py",
         "head.py",

@@ -105,11 +105,11 @@ def test_one_long_item_does_not_give_every_other_a_row_of_its_own():
 
 def test_cost_by_hand():
     cost = Cost(width=10, front=4)  # 30 keys cost what a token does
-    assert cost(6, 1, 20) == pytest.approx(10 + 10 * 10 / 30 + 20 * (1 + 30 / 30))
-    assert cost(6, 3, 20) == pytest.approx(10 + 10 * 10 / 30 + 60 * (1 + 30 / 30))
+    assert cost(6, 1, 20) == 10 * (1 + 10 / 30) + 20 * (1 + 30 / 30)
+    assert cost(6, 3, 20) == 10 * (1 + 10 / 30) + 60 * (1 + 30 / 30)
     apart = Cost(width=10, front=4, shared=False, split=7)
     assert apart(6, 1, 20) == cost(6, 1, 20)
-    assert apart(6, 3, 20) == pytest.approx(7 + 3 * (10 + 10 * 10 / 30) + 60 * (1 + 30 / 30))
+    assert apart(6, 3, 20) == 7 + 30 * (1 + 10 / 30) + 60 * (1 + 30 / 30)
 
 
 def test_rows_are_as_many_as_cost_least():
@@ -117,6 +117,7 @@ def test_rows_are_as_many_as_cost_least():
     costs = {rows: Cost(8)(0, rows, 400 // rows) for rows in (1, 2, 4, 8)}
     assert min(costs, key=costs.__getitem__) == 8  # attention costs most at this width
     assert build_tree(items, 512, Cost(8)).ids.shape == (8, 50)
+    assert build_tree(items, 512, Cost(10_000, split=64)).ids.shape == (1, 400)  # and next to nothing at that one
     assert build_tree(items, 100).ids.shape == (4, 100)  # nobody asked what it costs: the fewest within the limit
     uneven = [Item((i,), ((100,) * (9 if i else 99),)) for i in range(4)]  # 100 tokens and 3 x 10
     assert build_tree(uneven, 512, Cost(64)).ids.shape == (1, 130)  # another row would be padding
