@@ -17,7 +17,6 @@ from typing import Annotated
 
 import torch
 import typer
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -27,10 +26,10 @@ from policypatch.data.pairs import Pair, load_pairs
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
-from policypatch.model.form import CHAT, PLAIN
 from policypatch.model.load import load_base
 from policypatch.model.tree import Item
 from policypatch.patch.artifact import load
+from policypatch.prepare import made
 
 AT_ONCE = 16  # completions
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -73,8 +72,9 @@ def credits_of(run: Path) -> list[Credit]:
         for pair in load_pairs(run / "pairs.jsonl")
         if pair.kind == "pair" and pair.rejected is not None and pair.rejected.tokens
     ]
-    ends = _ends(cfg, base, pairs)
-    kept = [(pair, end) for pair, end in zip(pairs, ends, strict=True) if end]
+    judges = {name: made(cfg.risk.judges[name], f"risk.judges.{name}") for name in cfg.teacher.judges}
+    ends = first_unsafe(pairs, judges, cfg.teacher.filter.rejected_at_least, base)
+    kept = [(pair, len(end.tokens or ())) for pair, end in zip(pairs, ends, strict=True) if end is not None]
     if not kept:
         raise PolicyPatchError(f"{run}: the judges find nothing unsafe in its pairs' rejected completions")
     found = []
@@ -90,20 +90,6 @@ def split(changes: Sequence[float], end: int) -> Credit:
     return Credit(sum(changes[: end - 1]), changes[end - 1], sum(changes[end:]))
 
 
-def _ends(cfg: DictConfig, base: Base, pairs: Sequence[Pair]) -> list[int]:
-    judges = {name: instantiate(cfg.risk.judges[name], _convert_="all") for name in cfg.teacher.judges}
-
-    def beginnings(pair: Pair) -> list[str]:
-        before, tokens = _prompt(base, pair), _tokens(pair)
-        return [base.decode_after(before, tokens[: n + 1]) for n in range(len(tokens))]
-
-    return first_unsafe(pairs, judges, cfg.teacher.filter.rejected_at_least, beginnings)
-
-
-def _prompt(base: Base, pair: Pair) -> tuple[int, ...]:
-    return tuple(base.encode_prompt(pair.prompt, CHAT if pair.chat else PLAIN))
-
-
 def _tokens(pair: Pair) -> tuple[int, ...]:
     assert pair.rejected is not None and pair.rejected.tokens is not None
     return pair.rejected.tokens
@@ -112,7 +98,7 @@ def _tokens(pair: Pair) -> tuple[int, ...]:
 @torch.no_grad()
 def _changes(base: Base, vectors: torch.Tensor, pairs: Sequence[Pair]) -> list[list[float]]:
     """What the patch has added to the log-probability of each token of the rejected completions."""
-    items = [Item(_prompt(base, pair), (_tokens(pair),)) for pair in pairs]
+    items = [Item(tuple(base.encode_prompt(pair.prompt, pair.form)), (_tokens(pair),)) for pair in pairs]
     patched, plain = (PrefixBackbone(base.model, of) for of in (vectors, vectors[:0]))
     tree = patched.tree(items)
     change = patched.completion_logprobs(tree) - plain.completion_logprobs(plain.tree(items))

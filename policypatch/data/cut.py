@@ -8,57 +8,61 @@ nothing but the word and the way to it can become less likely.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from policypatch.data.pairs import Pair, Text
 from policypatch.files.cache import content_key
+from policypatch.model.base import Base
 from policypatch.model.judging import CompletionJudge, judgements
-
-Beginnings = Callable[[Pair], list[str]]
 
 
 def cut_rejected(
-    pairs: Sequence[Pair], judges: Mapping[str, CompletionJudge], at_least: float, beginnings: Beginnings
+    pairs: Sequence[Pair], judges: Mapping[str, CompletionJudge], at_least: float, base: Base
 ) -> list[Pair]:
     """The same pairs, whose rejected completions end with their first unsafe token where they have one.
 
     Args: see `first_unsafe`.
     """
-    found = []
-    for pair, end in zip(pairs, first_unsafe(pairs, judges, at_least, beginnings), strict=True):
-        if pair.rejected and pair.rejected.tokens and 0 < end < len(pair.rejected.tokens):
-            pair = replace(pair, rejected=Text(beginnings(pair)[end - 1], pair.rejected.tokens[:end]))
-        found.append(pair)
-    return found
+    found = first_unsafe(pairs, judges, at_least, base)
+    return [pair if end is None else replace(pair, rejected=end) for pair, end in zip(pairs, found, strict=True)]
 
 
 def first_unsafe(
-    pairs: Sequence[Pair], judges: Mapping[str, CompletionJudge], at_least: float, beginnings: Beginnings
-) -> list[int]:
-    """Which token of each pair's rejected completion, from 1, is the first at which all judges find it unsafe.
+    pairs: Sequence[Pair], judges: Mapping[str, CompletionJudge], at_least: float, base: Base
+) -> list[Text | None]:
+    """Each pair's rejected completion up to the first token at which all judges find it unsafe.
 
-    0 where they never do, and where there is no rejected completion or it has no tokens.
+    None where they never do, and where there is no rejected completion or it has no tokens.
 
     Args:
         pairs: N of them.
         judges: who is asked, by name.
         at_least: the score of what is unsafe.
-        beginnings: a pair -> the text of the first 1, 2, ... tokens of its rejected completion.
+        base: whose tokens the completions have.
     """
-    rows = [i for i, pair in enumerate(pairs) if pair.rejected and pair.rejected.tokens]
-    if not rows:
-        return [0] * len(pairs)
-    read = [beginnings(pairs[i]) for i in rows]
+    rejected = {i: pair.rejected for i, pair in enumerate(pairs) if pair.rejected and pair.rejected.tokens}
+    found: list[Text | None] = [None] * len(pairs)
+    if not rejected:
+        return found
+    read = [_beginnings(base, pairs[i], of.tokens or ()) for i, of in rejected.items()]
     longest = max(map(len, read)) + 1
     texts = [of + of[-1:] * (longest - len(of)) for of in read]
-    prompts = [pairs[i].prompt for i in rows]
+    prompts = [pairs[i].prompt for i in rejected]
     about = {"beginnings": content_key(texts=texts, prompts=prompts)}
     scores = np.stack([judgements(judge, texts, prompts, about) for judge in judges.values()]).min(0)
-    found = dict(zip(rows, ends(scores, at_least).tolist(), strict=True))
-    return [found.get(i, 0) for i in range(len(pairs))]
+    for (i, of), row, end in zip(rejected.items(), read, ends(scores, at_least).tolist(), strict=True):
+        if end:
+            found[i] = of if end == len(row) else Text(row[end - 1], (of.tokens or ())[:end])
+    return found
+
+
+def _beginnings(base: Base, pair: Pair, tokens: Sequence[int]) -> list[str]:
+    """The text of the first 1, 2, ... of a completion's tokens."""
+    before = base.encode_prompt(pair.prompt, pair.form)
+    return [base.decode_after(before, tokens[: n + 1]) for n in range(len(tokens))]
 
 
 def ends(scores: np.ndarray, at_least: float) -> np.ndarray:

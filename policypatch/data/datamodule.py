@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from policypatch import ranks
 from policypatch.data.pairs import IN_BATCH, Pair, Text
 from policypatch.errors import PolicyPatchError
-from policypatch.model.form import CHAT, PLAIN, Form
+from policypatch.model.form import Form
 from policypatch.model.tree import Item, Tree
 
 PART_SEEDS = 1000  # apart are the seeds of the risks' orders
@@ -103,7 +103,7 @@ def encode_pair(
     Raises:
         PolicyPatchError: a chat longer than the limit, which cannot be cut without tearing its template.
     """
-    prompt = encode_prompt(pair.prompt, CHAT if pair.chat else PLAIN)
+    prompt = encode_prompt(pair.prompt, pair.form)
     if pair.chat and len(prompt) > max_prompt_tokens:
         raise PolicyPatchError(
             f"a request has {len(prompt)} tokens with its chat template, more than data.max_prompt_tokens "

@@ -14,6 +14,7 @@ import numpy as np
 
 from policypatch.errors import Number, PolicyPatchError
 from policypatch.files.atomic import read_jsonl, write_jsonl
+from policypatch.model.form import CHAT, PLAIN, Form
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Pair:
     rejected_score: float | None = None
     chat: bool = False
     kind: str = "pair"
+
+    @property
+    def form(self) -> Form:
+        """What stands around the prompt."""
+        return CHAT if self.chat else PLAIN
 
 
 @dataclass(frozen=True)

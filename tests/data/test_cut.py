@@ -14,8 +14,14 @@ WORDS = {1: " he", 2: "llo", 3: " she", 4: " sat", 5: " down", 6: " and"}
 CHOSEN = Text(" they sat", (7, 4))
 
 
-def beginnings(pair: Pair) -> list[str]:
-    return ["".join(WORDS[t] for t in pair.rejected.tokens[: n + 1]) for n in range(len(pair.rejected.tokens))]
+class Words:
+    """The part of a base that is asked: a prompt is one token, and six words are known."""
+
+    def encode_prompt(self, text: str, form: object) -> list[int]:
+        return [0]
+
+    def decode_after(self, prompt: list[int], tokens: tuple[int, ...]) -> str:
+        return "".join(WORDS[token] for token in tokens)
 
 
 def pair(*tokens: int, ended: bool = False) -> Pair:
@@ -23,7 +29,7 @@ def pair(*tokens: int, ended: bool = False) -> Pair:
 
 
 def cut(*pairs: Pair, judges: tuple[str, ...] = ("he", "she")) -> list[Pair]:
-    return cut_rejected(pairs, {"words": PatternJudge(words=judges, name="words")}, 0.5, beginnings)
+    return cut_rejected(pairs, {"words": PatternJudge(words=judges, name="words")}, 0.5, Words())
 
 
 def test_it_ends_with_the_first_word_that_all_judges_find():
@@ -36,7 +42,7 @@ def test_it_ends_with_the_first_word_that_all_judges_find():
 
 def test_with_two_judges_both_have_to_find_it():
     judges = {name: PatternJudge(words=[name], name=name) for name in ("he", "she")}
-    (found,) = cut_rejected([pair(1, 4, 3, 5, 6)], judges, 0.5, beginnings)
+    (found,) = cut_rejected([pair(1, 4, 3, 5, 6)], judges, 0.5, Words())
     assert found.rejected.tokens == (1, 4, 3)
 
 

@@ -89,7 +89,7 @@ class GuidedTeacher(SampledTeacher):
         return item_logprobs(context.base, None, guided, context.row_tokens)
 
     def _prompt(self, context: TeacherContext, pair: Pair) -> tuple[int, ...]:
-        return tuple(context.base.encode_prompt(pair.prompt, self.form(CHAT if pair.chat else PLAIN)))
+        return tuple(context.base.encode_prompt(pair.prompt, self.form(pair.form)))
 
     def form(self, form: Form) -> Form:
         """The guidance for prompts of this form."""

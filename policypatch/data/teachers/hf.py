@@ -20,7 +20,7 @@ from policypatch.data.teachers.teacher import TeacherContext
 from policypatch.model.arm import Arm
 from policypatch.model.base import Base
 from policypatch.model.completions import Completions, complete
-from policypatch.model.form import CHAT, PLAIN, Form
+from policypatch.model.form import Form
 from policypatch.model.load import load_base
 from policypatch.model.logprobs import item_logprobs
 from policypatch.model.tree import Item
@@ -81,7 +81,7 @@ class HfTeacher(SampledTeacher):
 
     def _item(self, base: Base, pair: Pair, item: Item) -> Item:
         """What the base trains on, in the teacher's tokens, with its own end where the base's ended."""
-        prompt = self.model.encode_prompt(pair.prompt, CHAT if pair.chat else PLAIN)
+        prompt = self.model.encode_prompt(pair.prompt, pair.form)
         return Item(tuple(prompt), tuple(self._completion(base, item.prompt, tokens) for tokens in item.completions))
 
     def _completion(self, base: Base, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[int, ...]:

@@ -105,15 +105,14 @@ class SampledTeacher(ABC):
                     scores = float(chosen.scores[:, c].max()), float(risky.scores[:, r].min())
                     pairs.append(_pair(context, prompt, self._side(theirs, i, c), side(made, i, r), scores))
                     hard += made is not ours
-        whole = pairs
-        if self.rule.cut_rejected:
-            pairs = self._cut(context, whole)
         unsafe = int((np.fmax.reduce(rejected_scores.min(0), 1) >= self.rule.rejected_at_least).sum())
         counts = {"prompts": len(context.prompts), "responses": len(context.prompts) * self.n}
         counts |= {"prompts_with_an_unsafe_one": unsafe, "risk_pairs": len(pairs)}
         if self.rule.hard_negatives:
             counts |= {"hard_negatives": hard}
         if self.rule.cut_rejected:
+            judges = {name: context.judges[name] for name in self.filter_judges}
+            whole, pairs = pairs, cut_rejected(pairs, judges, self.rule.rejected_at_least, context.base)
             counts |= {"cut": sum(a != b for a, b in zip(whole, pairs, strict=True))}
         asked = [rejected_scores] if theirs is ours else [rejected_scores, chosen_scores]
         if unjudged := sum(int(np.isnan(scores).sum()) for scores in asked):
@@ -132,17 +131,6 @@ class SampledTeacher(ABC):
             counts |= {"balanced": len(balanced)}
             pairs += balanced
         return PairSet(pairs, counts | {"kept": len(pairs)})
-
-    def _cut(self, context: TeacherContext, pairs: Sequence[Pair]) -> list[Pair]:
-        """Rejected sides up to what is unsafe in them."""
-
-        def beginnings(pair: Pair) -> list[str]:
-            assert pair.rejected is not None and pair.rejected.tokens is not None
-            before, tokens = context.base.encode_prompt(pair.prompt, context.form), pair.rejected.tokens
-            return [context.base.decode_after(before, tokens[: n + 1]) for n in range(len(tokens))]
-
-        judges = {name: context.judges[name] for name in self.filter_judges}
-        return cut_rejected(pairs, judges, self.rule.rejected_at_least, beginnings)
 
     def _benign_pairs(self, context: TeacherContext) -> list[Pair]:
         """The base's own response to each benign prompt where it is a right one, against the teacher's refusal."""
