@@ -44,10 +44,9 @@ def amounts(found: Mapping[str, Any]) -> dict[str, Spread]:
             named[f"{stage}, a step, floor, s"] = spread([of["floor_s"]])
             named[f"{stage}, tokens a second, ours"] = of["tokens_per_s"]
             named[f"{stage}, padding of the tokens read, %"] = spread([100 * of["padding_share"]])
-        for kept in ("peak_bytes", "step_bytes"):
-            of_sides = found.get(kept, {}).get(stage) or found.get(stage, {}).get(kept, {})
-            what = "most memory" if kept == "peak_bytes" else "memory of a step"
-            named |= {f"{stage}, {what}, {side}, GB": spread([held / 1e9]) for side, held in of_sides.items()}
+        peaks, steps = found.get("peak_bytes", {}).get(stage, {}), found.get(stage, {}).get("step_bytes", {})
+        named |= {f"{stage}, most memory, {side}, GB": spread([held / 1e9]) for side, held in peaks.items()}
+        named |= {f"{stage}, memory of a step, {side}, GB": spread([held / 1e9]) for side, held in steps.items()}
     for name, of in found.get("overhead", {}).items():
         named[f"an answer's token, {name}, ms"] = _times(1e3, of["seconds_per_token"])
     for name, of in found.get("sampling", {}).items():
