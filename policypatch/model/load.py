@@ -95,7 +95,7 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(name: str, device: str = "auto") -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it (a GPU, a CPU with AMX), float32 elsewhere."""
+    """`auto` is bfloat16 where the hardware multiplies it (a GPU, a CPU with AMX or AVX512_BF16), float32 elsewhere."""
     if name != "auto":
         known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if name not in known:
@@ -103,7 +103,8 @@ def choose_dtype(name: str, device: str = "auto") -> torch.dtype:
         return known[name]
     if choose_device(device) != "cpu":
         return torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    multiplies = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if multiplies else torch.float32
 
 
 def _folder(cfg: DictConfig, key: str) -> tuple[Path, str]:

@@ -235,7 +235,14 @@ def test_choices():
     assert choose_device("cpu") == "cpu"
     assert choose_device("auto") in ("cpu", "cuda")
     assert choose_dtype("float16") == torch.float16
-    assert choose_dtype("auto", "cpu") in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("avx512", [False, True])
+def test_auto_is_the_half_precision_that_the_cpu_multiplies(monkeypatch, amx, avx512):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert choose_dtype("auto", "cpu") == (torch.bfloat16 if amx or avx512 else torch.float32)
 
 
 # --- GGUF -----------------------------------------------------------------------------------------------------------
