@@ -66,8 +66,11 @@ def test_a_missing_file_ends_in_one_sentence(cli, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_sweep_of_six_makes_its_pairs_once(cli, tmp_path: Path):
-    done = cli(sweep=True, **{"patch.length": "2,3,4", "dpo.beta": "0.1,0.5", "init": "vocab", "dpo.reference": "base"})
+@pytest.mark.parametrize(("reference", "made_once_for"), [("base", 1), ("sft", 3)])
+def test_a_sweep_of_six_makes_its_pairs_once(cli, tmp_path: Path, reference: str, made_once_for: int):
+    """The base's reference is everyone's; one after SFT, as by default, is another for each length, not for each beta."""
+    about = {"init": "vocab", "dpo.reference": reference}
+    done = cli(sweep=True, **{"patch.length": "2,3,4", "dpo.beta": "0.1,0.5"}, **about)
     assert done.returncode == 0, done.stderr[-3000:]
     folders = sorted(path.parent for path in (tmp_path / "outputs" / "tiny").rglob("scorecard.json"))
     assert len(folders) == 6
@@ -86,9 +89,9 @@ def test_a_sweep_of_six_makes_its_pairs_once(cli, tmp_path: Path):
     bases = [[row for row in Scorecard.load(folder / "scorecard.json") if row.arm == "base"] for folder in folders]
     assert all(base == bases[0] for base in bases)
 
-    # Made once: the base's samples and judgements and, against the base, the reference's log-probabilities.
+    # Made once: the base's samples and judgements, and for whom they are the same the reference's log-probabilities.
     made = {kind: sum(record["cache"].get(kind, NOTHING)["misses"] for record in records) for kind in COUNTED}
-    assert made["reference"] == 1
+    assert made["reference"] == made_once_for
     assert made["completions"] == 1 + 1 + 3 + 6  # pairs, base, sft of each length, patch of each run
     assert made["judgements"] == 1 + 2 * (1 + 1 + 3 + 6)  # pairs by the filter; prompts and samples by two judges
     comparison = tmp_path / "outputs" / "tiny"

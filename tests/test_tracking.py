@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import wandb
-from tiny_run import composed, overrides
+import yaml
+from omegaconf import OmegaConf
+from tiny_run import ROOT, composed, overrides
 from wandb.proto import wandb_internal_pb2
 
 from policypatch.errors import PolicyPatchError
@@ -115,6 +117,19 @@ def test_a_run_leaves_an_offline_record(tiny_base_folder, tmp_path: Path):
     assert set(artifact.aliases) == {"latest", "0.1.0", "seed-0"} and artifact.name == "patch-toxicity-tiny"
     metadata = json.loads(artifact.metadata)
     assert metadata["scorecard"][0]["metric"] == card[0].metric
+
+    # What experiments/wandb_sweep.yaml searches by and for are a figure of the summary and keys of the config.
+    searched = yaml.safe_load((ROOT / "experiments" / "wandb_sweep.yaml").read_text())
+    assert searched["metric"]["name"] in summary
+    assert all(OmegaConf.select(composed(arguments), key) is not None for key in searched["parameters"])
+
+
+def test_adapters_are_an_artifact_as_well(tiny_base_folder, tmp_path: Path):
+    arguments = overrides(tiny_base_folder, tmp_path, logger="wandb", method="lora", patch__name="other")
+    run(composed(arguments), tmp_path / "run", "lora", arguments)
+    (artifact,) = [a for a in of_kind(records_to_the_end(tmp_path / "run", "eval"), "artifact") if a.type == "lora"]
+    assert artifact.name == "lora-other" and set(artifact.aliases) >= {"latest", "seed-0"}
+    assert "adapter_model.safetensors" in {content.path for content in artifact.manifest.contents}
 
 
 def test_a_failed_run_is_recorded_as_failed(tiny_base_folder, tmp_path: Path, monkeypatch):

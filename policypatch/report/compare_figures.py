@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 from policypatch.report.compare_lines import Column, Comparison, Line
-from policypatch.report.compare_text import heading, label
+from policypatch.report.compare_text import heading, label, short
 from policypatch.report.drawing import INK, LINE, MUTED, ArmStyle, Panel, arm_styles, as_svg, new_axes
 from policypatch.report.metrics import is_risk
 from policypatch.report.scorecard import UTILITY, Row
@@ -43,7 +43,8 @@ def panels(found: Comparison) -> list[Panel]:
     drawn: list[Panel] = []
     for key in numeric:
         rest = [k for k in keys if k != key]
-        drawn += [_against(key, rest, column, lines, base) for column in shown]
+        by = f", by {short(key, keys)}" if len(numeric) > 1 else ""  # figures of several keys, told apart
+        drawn += [_against(key, rest, column, lines, base, by) for column in shown]
     if keys and not numeric and len(lines) <= BARS:
         drawn += [_bars(column, lines, keys, _value(base, column)) for column in shown]
     risk, cost = shown[0], next((c for name in FLUENCY for c in shown if c.metric == name), None)
@@ -109,8 +110,8 @@ def _is_axis(values: Sequence[Any]) -> bool:
     return all(is_number(value) for value in values) and len(set(values)) > 2
 
 
-def _against(key: str, rest: Sequence[str], column: Column, lines: Sequence[Line], base: Line | None) -> Panel:
-    """A metric against a numeric setting, a curve for each choice of the other settings."""
+def _against(key: str, rest: Sequence[str], column: Column, lines: Sequence[Line], base: Line | None, by: str) -> Panel:
+    """A metric against a numeric setting, a curve for each choice of the other settings; `by` ends its title."""
     figure, axes = new_axes()
     curves: dict[str, list[Line]] = {}
     for line in lines:
@@ -137,7 +138,7 @@ def _against(key: str, rest: Sequence[str], column: Column, lines: Sequence[Line
     _from_zero(axes, column)
     if len(curves) > 1:
         axes.legend(fontsize=9, frameon=False)
-    return _panel(figure, column, f"by {key}: " + "; ".join(told), styles)
+    return _panel(figure, column, f"by {key}: " + "; ".join(told), styles, by)
 
 
 def _bars(column: Column, lines: Sequence[Line], keys: Sequence[str], base: float | None) -> Panel:
@@ -252,9 +253,9 @@ def _styles(names: Iterable[str]) -> list[ArmStyle]:
     return [found[i % len(found)] for i, _ in enumerate(names)]
 
 
-def _panel(figure: Any, column: Column, told: str, styles: Sequence[ArmStyle]) -> Panel:
+def _panel(figure: Any, column: Column, told: str, styles: Sequence[ArmStyle], ending: str = "") -> Panel:
     name, by = heading(column)
-    title = f"{name} ({by})" if by else name
+    title = f"{name} ({by}){ending}" if by else f"{name}{ending}"
     return Panel(title, as_svg(figure, f"{title}, {told}", list(dict.fromkeys(styles))))
 
 

@@ -47,7 +47,8 @@ class Line:
         arm: whose figures these are.
         values: of the differing keys.
         cells: scorecard rows by column. Where a run measured a set on fewer prompts than another did, `base` is what
-            the base came to on these. Of seeds taken together `value` is their mean, `low` and `high` the extremes.
+            the base came to on these. Of seeds taken together `value` is their mean, `low` and `high` the extremes, and
+            where some of them have no such figure `seeds` says how many have.
         records: the runs; none for the base.
     """
 
@@ -238,12 +239,16 @@ def _together(lines: Sequence[Line]) -> Line:
     if len(lines) > 1 and figures and all(line.cells[c] == first.cells[c] for line in lines for c in figures):
         # Base, prompt and teacher: no seed changes them, and a spread of nothing would pass for certainty.
         return Line("any seed", first.arm, values, {c: first.cells[c] for c in shared}, records)
-    cells = {c: _mean(c, [line.cells[c] for line in lines]) for c in shared}
+    every = dict.fromkeys(column for line in lines for column in line.cells)
+    cells = {c: _mean(c, [line.cells[c] for line in lines if c in line.cells], len(lines)) for c in every}
     return Line(f"{len(lines)} seed{'s' * (len(lines) > 1)}", first.arm, values, cells, records)
 
 
-def _mean(column: Column, rows: Sequence[Row]) -> Row:
-    """Mean, lowest and highest; of costs, whose rows may be one measurement that all share, the widest interval."""
+def _mean(column: Column, rows: Sequence[Row], seeds: int) -> Row:
+    """Mean, lowest and highest of the rows that there are; where that is not every seed, `seeds` says of how many.
+
+    Of costs, whose rows may be one measurement that all share, the widest interval.
+    """
     values = [float(row["value"]) for row in rows]
     low, high = values, values
     if column.risk == COST or len(rows) == 1:
@@ -251,4 +256,4 @@ def _mean(column: Column, rows: Sequence[Row]) -> Row:
     mean = {**rows[0], "value": sum(values) / len(values), "low": min(low), "high": max(high)}
     if any(row.get("base") != rows[0].get("base") or row.get("n") != rows[0].get("n") for row in rows):
         mean.pop("base", None)
-    return mean
+    return mean if len(rows) == seeds else {**mean, "seeds": f"{len(rows)} of {seeds} seeds"}

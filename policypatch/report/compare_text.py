@@ -63,7 +63,8 @@ def tables(found: Comparison) -> list[Table]:
         note = (
             "Times are ratios to the base, timed in turn, with the quartiles of the pairs; arms of one shape share "
             "them, and a teacher, which is another model or chooses among samples, has none. Seconds and memory are "
-            "those of the two stages; on a CPU memory is the whole process's."
+            "those of the two stages, of seeds with the lowest and the highest; a stage that the cache had keeps those "
+            "of the run that trained it, and on a CPU memory is the whole process's, earlier runs' leavings included."
         )
         costly = [line for line in found.settings if any(column in line.cells for column in found.costs)]
         made.append(Table("Costs", "runs", seedless, costly, _ordered(found.costs), note))
@@ -128,11 +129,15 @@ def cell_text(column: Column, row: Row | None) -> str:
     if row is None:
         return "–"
     if column.risk == COST:
-        low, high = row.get("low"), row.get("high")
-        return f"{cost_text(row)}{f' [{low:.3f}, {high:.3f}]' if '_ratio' in column.metric and low != high else ''}"
-    text = number(row["value"])
-    if row.get("low") is not None:
-        text += f" [{number(row['low'])}, {number(row['high'])}]"
+        ends = [cost_text({**row, "value": row.get(end, row["value"])}) for end in ("low", "high")]
+        low, high = (end.removesuffix(" ×") for end in ends)
+        text = f"{cost_text(row)}{f' [{low}, {high}]' if low != high else ''}"
+    else:
+        text = number(row["value"])
+        if row.get("low") is not None:
+            text += f" [{number(row['low'])}, {number(row['high'])}]"
+    if "seeds" in row:
+        text += f" ({row['seeds']})"
     return f"{text} of {row['n']}; base {number(row['base'])}" if "base" in row else text
 
 

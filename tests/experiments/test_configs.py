@@ -1,5 +1,6 @@
 """Every experiment composes with every value that it sweeps, and every kind of job in it runs for a step."""
 
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 
@@ -11,11 +12,21 @@ from tiny_run import DROP, ROOT, SECTIONS, composed, overrides, patch_of
 from policypatch.command_line import check_overrides
 from policypatch.patch.artifact import save
 from policypatch.pipeline import run
+from policypatch.report.scorecard import final_arm
 from policypatch.settings import check
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments" / "experiment").glob("*.yaml"))
 NAMED = ("length", "beta", "init", "stages", "reference", "lora", "seeds", "headline", "composition")
 SPECIALISTS = ("toxicity", "gender_bias", "harmfulness")
+
+ARMS = {  # of experiments/arm/: the method, the arm that the run is about, and LoRA's rank
+    "base": ("none", None, None),
+    "prompt": ("prompt", "prompt", None),
+    "patch": ("patch", "patch", None),
+    "lora_r1": ("lora", "lora", 1),
+    "lora_r16": ("lora", "lora", 16),
+    "teacher": ("teacher", "teacher", None),
+}
 
 
 def text_of(name: str) -> str:
@@ -60,6 +71,26 @@ def test_it_is_a_valid_sweep_and_its_folder_has_its_name(name: str):
     assert cfg.name == name
 
 
+def test_every_arm_is_one_that_is_known():
+    assert {path.stem for path in (ROOT / "experiments" / "arm").glob("*.yaml")} == {*ARMS}
+
+
+@pytest.mark.parametrize("size", [[], ["+size=small"]], ids=["whole", "small"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_is_the_method_and_the_rank_that_it_is_called_by(arm: str, size: list[str]):
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = hydra.compose("config", overrides=["+experiment=lora", *size, f"+arm={arm}"])
+    method, _, rank = ARMS[arm]
+    assert cfg.method.name == method and rank in (None, cfg.method.get("r"))
+
+
+@pytest.mark.parametrize(("size", "steps"), [([], 200), (["+size=small"], 60)], ids=["whole", "small"])
+def test_a_long_sft_has_as_many_steps_as_dpo_would_have(size: list[str], steps: int):
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = hydra.compose("config", overrides=["+experiment=stages", *size, "+stages=sft_long"])
+    assert cfg.sft.steps == cfg.dpo.steps == steps and not cfg.dpo.enabled
+
+
 @pytest.fixture
 def with_patches(tiny_base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the experiments that others build upon leave, in the folders that Hydra gives them."""
@@ -88,4 +119,6 @@ def test_every_value_runs_for_a_step(name: str, job: list[str], tiny_base_folder
     card = run(cfg, tmp_path / "run", ",".join(job), tiny)
     arms = {row.arm for row in card}
     assert "base" in arms and (len(arms) > 1 or "+arm=base" in job)
+    for arm, (_, final, _) in ARMS.items():
+        assert f"+arm={arm}" not in job or final_arm(map(asdict, card)) == final
     assert (tmp_path / "run" / "report.html").exists()

@@ -57,6 +57,17 @@ def test_every_key_that_is_searched_is_one_of_the_config():
     assert all(OmegaConf.select(cfg, key) is not None for key in yaml.safe_load(SPACE.read_text()))
 
 
+@pytest.mark.parametrize("risk", ["toxicity", "gender_bias", "harmfulness"])
+def test_the_defaults_could_be_found(risk: str):
+    import hydra
+    from omegaconf import OmegaConf
+
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = hydra.compose("config", overrides=[f"risk={risk}"])
+    for key, known in yaml.safe_load(SPACE.read_text()).items():
+        assert known["low"] <= OmegaConf.select(cfg, key) <= known["high"], key
+
+
 @pytest.mark.slow
 def test_a_search_goes_on_where_it_stopped_and_is_compared(tiny_base_folder: Path, tmp_path: Path):
     space = tmp_path / "space.yaml"

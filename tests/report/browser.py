@@ -20,6 +20,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
     "--hide-scrollbars",
+    "--enable-logging=stderr",
 ]
 IN_A_BROWSER = [
     pytest.mark.slow,
@@ -28,10 +29,13 @@ IN_A_BROWSER = [
 
 
 def chromium(folder: Path, *arguments: str, dark: bool = False) -> str:
-    """What Chromium prints; it raises where the browser fails."""
+    """What Chromium prints; it raises where the browser fails, or an error of a script was not caught."""
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     command = [str(CHROMIUM), *FLAGS, scheme, f"--user-data-dir={folder / 'profile'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    errors = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "Uncaught" in line]
+    assert not errors, errors
+    return done.stdout
 
 
 # A page runs no script but its own, so a page around it measures: it shows it in a frame of the width asked for. What

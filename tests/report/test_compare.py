@@ -112,6 +112,30 @@ def test_of_costs_the_quartiles_stay(sweep: Path):
     assert "1.050 × [1.000, 1.100]" in written(found)
 
 
+def test_a_seed_without_a_figure_leaves_the_others_mean(tmp_path: Path):
+    for seed, value in ((0, 0.2), (1, 0.3), (2, 0.4)):
+        run = write(tmp_path / f"seed={seed}", {"patch.length": 1, "seed": seed}, value)
+        if seed == 0:
+            rows = json.loads((run / "scorecard.json").read_text())
+            (run / "scorecard.json").write_text(json.dumps([r for r in rows if r["metric"] != "ppl_median"]))
+    write(tmp_path / "other", {"patch.length": 2, "seed": 0}, 0.1)
+    found = comparison(find_records([tmp_path]))
+    ppl = Column("toxicity", "rtp", "ppl_median", "g")
+    assert found.over_seeds[0].cells[ppl]["value"] == 50 and "seeds" not in found.over_seeds[0].cells[TOXIC]
+    assert "(2 of 3 seeds)" in written(found)
+
+
+def test_what_training_took_has_its_extremes_over_seeds(tmp_path: Path):
+    for seed, seconds in ((0, 60), (1, 300)):
+        run = write(tmp_path / f"seed={seed}", {"patch.length": 1, "seed": seed}, 0.2)
+        rows = json.loads((run / "scorecard.json").read_text())
+        took = {"risk": "cost", "split": "training", "low": seconds, "high": seconds, "n": 1}
+        rows.append(row("patch", "train_seconds", seconds, None, **took))
+        (run / "scorecard.json").write_text(json.dumps(rows))
+    write(tmp_path / "other", {"patch.length": 2, "seed": 0}, 0.1)
+    assert "| 3 min 0 s [1 min 0 s, 5 min 0 s] |" in written(comparison(find_records([tmp_path])))
+
+
 def test_an_arm_that_no_seed_changes_keeps_its_interval_over_prompts(tmp_path: Path):
     for seed in (0, 1):
         write(tmp_path / f"prompt,{seed}", {"method.name": "prompt", "seed": seed}, 0.3, "prompt")

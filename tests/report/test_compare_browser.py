@@ -31,6 +31,14 @@ SORTED = """
     text: page.body.innerText,
   };
 """
+# Presses the first heading of every table.
+PRESSED = """
+  return {sorted: [...page.querySelectorAll("table.compare")].map((table) => {
+    const head = table.tHead.rows[0].cells[0], rows = table.tBodies[0].rows.length;
+    head.querySelector("button").click();
+    return [head.getAttribute("aria-sort"), table.tBodies[0].rows.length === rows];
+  })};
+"""
 HOSTILE = "<script>window.hacked = true</script>"
 
 
@@ -59,6 +67,26 @@ def test_it_sorts_and_fits(page: Path, tmp_path: Path, width: int, dark: bool):
     assert (found["down"], found["downwards"]) == (["100", "100", "10", "10", "9", "9", "–"], "descending")
     assert found["figures"] == 4
     assert found["hacked"] is False and HOSTILE in found["text"]
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_tables_of_methods_and_seeds_sort_and_fit_as_well(tmp_path: Path, width: int):
+    for method, value in (("patch", 0.2), ("lora", 0.1)):
+        for seed in (0, 1):
+            write(
+                tmp_path / "runs" / f"{method},{seed}", {"method.name": method, "seed": seed}, value + seed / 50, method
+            )
+    compare([tmp_path / "runs"], tmp_path / "page")
+    found = measured(tmp_path / "page" / "compare.html", tmp_path, width, more=PRESSED)
+    is_whole(found, width, dark=False)
+    assert found["sorted"] == [["ascending", True]] * 3  # over seeds, each run, costs
+
+
+def test_an_error_in_a_script_would_be_seen(tmp_path: Path):
+    page = tmp_path / "page.html"
+    page.write_text("<!doctype html><script>missing()</script>")
+    with pytest.raises(AssertionError, match="missing is not defined"):
+        chromium(tmp_path, "--dump-dom", page.as_uri())
 
 
 def test_its_own_script_is_the_only_one_that_may_run(page: Path, tmp_path: Path):

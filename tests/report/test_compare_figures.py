@@ -29,6 +29,15 @@ def test_a_number_is_an_axis(sweep: Path):
     assert "by patch.length: patch 1: 0.31, 10: 0.21, 50: 0.11" in drawn[0].svg
 
 
+def test_two_numbers_are_an_axis_each_and_neither_figure_hides_the_other(tmp_path: Path):
+    for i, length in enumerate((1, 10, 50)):
+        for k, beta in enumerate((0.1, 0.2, 0.4)):
+            write(tmp_path / f"{length},{beta}", {"patch.length": length, "dpo.beta": beta}, 0.1 * i + 0.01 * k)
+    drawn = [panel.title for panel in panels(compare([tmp_path], tmp_path / "out"))]
+    assert drawn[0] == "toxic rate (rtp, svm), by beta" and drawn[3] == "toxic rate (rtp, svm), by length"
+    assert len(list((tmp_path / "out" / "figures").glob("*.svg"))) == len(drawn) == 2 * 3 + 1
+
+
 def test_runs_of_a_search_are_points_and_no_curves(tmp_path: Path):
     for i, (beta, rate) in enumerate(((0.1, 0.01), (0.2, 0.03), (0.4, 0.02))):
         run = write(tmp_path / str(i), {"dpo.beta": beta, "dpo.lr": rate}, 0.1 * i, ppl=50 - i)
@@ -90,7 +99,7 @@ def test_of_several_models_no_base_is_drawn_and_all_are_listed(tmp_path: Path):
 def test_every_figure_is_a_file_of_its_own(sweep: Path, tmp_path: Path):
     found = compare([sweep], tmp_path / "out")
     files = sorted((tmp_path / "out" / "figures").glob("*.svg"))
-    assert len(files) == len({panel.title for panel in panels(found)}) > 1
+    assert len(files) == len(panels(found)) > 1
     for path in files:
         root = ET.parse(path).getroot()
         assert root.tag.endswith("svg") and root[0].get("fill") == "white"
