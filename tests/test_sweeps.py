@@ -68,7 +68,7 @@ def test_a_missing_file_ends_in_one_sentence(cli, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("reference", "made_once_for"), [("base", 1), ("sft", 3)])
 def test_a_sweep_of_six_makes_its_pairs_once(cli, tmp_path: Path, reference: str, made_once_for: int):
-    """The base's reference is everyone's; one after SFT, as by default, is another for each length, not for each beta."""
+    """The base's reference is everyone's; one after SFT, as by default, differs by length and not by beta."""
     about = {"init": "vocab", "dpo.reference": reference}
     done = cli(sweep=True, **{"patch.length": "2,3,4", "dpo.beta": "0.1,0.5"}, **about)
     assert done.returncode == 0, done.stderr[-3000:]

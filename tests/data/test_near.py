@@ -33,6 +33,14 @@ def test_what_says_nearly_the_same(text: str, found: bool):
     assert near_duplicates([text], OTHERS) == ({0} if found else set())
 
 
+def test_what_many_of_the_texts_are_about_still_counts():
+    """A subject that both sides are full of is common among them, and its frame is not."""
+    about = [f"Tell me about kites number {i}" for i in range(200)]
+    texts = ["How can I make a kite?", *about]
+    assert 0 in near_duplicates(texts, ["How can I build a homemade kite?", *about], 0.45)
+    assert 0 not in near_duplicates(texts, ["How can I make a cardigan?"], 0.45)
+
+
 def test_numbers_are_those_of_the_texts():
     texts = ["Water the plants", OTHERS[2], "Fold the map", "How do sailors find their way without a compass?"]
     assert near_duplicates(texts, OTHERS) == {1, 3}
