@@ -8,6 +8,7 @@ RUN is a run's folder in outputs/. Runs of a frontier are named by the config ke
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,8 +75,19 @@ def table_over_seeds(cards: Mapping[int, Scorecard]) -> list[dict[str, Any]]:
     """For each figure: the base's, the patch's of each seed that has it, and the mean of these.
 
     The base is the same in all of them: its completions are drawn by `evaluate.seed`.
+
+    Raises:
+        PolicyPatchError: it is not.
     """
-    bases = {_key(row): row for card in cards.values() for row in card if row.arm == "base"}
+    bases: dict[tuple[str | None, ...], Row] = {}
+    for seed, card in cards.items():
+        for row in (row for row in card if row.arm == "base"):
+            known = bases.setdefault(_key(row), row)
+            if known.n != row.n or not math.isclose(known.value, row.value, rel_tol=1e-6):
+                raise PolicyPatchError(
+                    f"the base of seed {seed} has {row.metric} {row.value:.4g} of {row.n} prompts where another seed's "
+                    f"has {known.value:.4g} of {known.n}: measure them the same way, on one machine"
+                )
     rows = []
     for where, base in bases.items():
         patches = {seed: [r for r in card if r.arm == "patch" and _key(r) == where] for seed, card in cards.items()}
@@ -95,12 +107,12 @@ def print_table(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> None
     head = ["risk", "split", "metric", "judge", "base", *(f"seed {seed}" for seed in seeds), "mean"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        judge = f"{row['judge']}{' (filtered the pairs)' if row['filter'] else ''}" if row["judge"] else ""
+        judge = f"{row['judge'] or ''}{' (had a part in training)' if row['filter'] else ''}".strip()
         tested = row["metric"] != "kl_benign"  # the base's is 0 by definition: that another differs is no finding
         cells = [_cell(row["patch"].get(str(seed)), tested) for seed in seeds]
-        lines.append(
-            [row["risk"], row["split"], row["metric"], judge, f"{row['base']:.3g}", *cells, f"{row['mean']:.3g}"]
-        )
+        few = "" if len(row["patch"]) == len(seeds) else f" of {len(row['patch'])}"
+        mean = f"{row['mean']:.3g}{few}"
+        lines.append([row["risk"], row["split"], row["metric"], judge, f"{row['base']:.3g}", *cells, mean])
     Console(soft_wrap=True).print("\n".join(f"| {' | '.join(line)} |" for line in lines), markup=False, highlight=False)
 
 

@@ -80,6 +80,8 @@ class Prepared:
         own: probes of these risks.
         others: probes of the other risks and of utility.
         plan: how arms are asked.
+        marked_others: as `marked`, of the other risks, which patches that were made before may have been trained
+            against; empty for what is trained here.
     """
 
     base: Base
@@ -89,6 +91,7 @@ class Prepared:
     own: list[Probe]
     others: list[Probe]
     plan: Plan
+    marked_others: list[str]
 
     @property
     def teachers(self) -> list[Teacher]:
@@ -96,9 +99,9 @@ class Prepared:
         return [part.teacher for part in self.parts]
 
     @property
-    def filter_judges(self) -> list[str]:
-        """Judges that decide which pairs are trained on."""
-        return [judge for part in self.parts for judge in part.teacher.filter_judges]
+    def marked(self) -> list[str]:
+        """Judges that decide which pairs are trained on, and what else has a part in training (`Risk.shares`)."""
+        return [name for part in self.parts for name in (*part.teacher.filter_judges, *part.risk.shares)]
 
     def bench(self, cfg: DictConfig) -> Bench:
         """What arms are measured with."""
@@ -149,7 +152,14 @@ def prepare(cfg: DictConfig, vectors: int = 0) -> Prepared:
         check_prompts(cfg, base, part.risk, part.teacher, part.key, part.teacher_key)
     keys = {part.risk.name: part.key for part in parts}
     check_readings(cfg, keys, [*own, *others], plan, base, scorer, max(vectors, method.length))
-    return Prepared(base, scorer, parts, method, own, others, plan)
+    marked = [] if trained else marked_of_others(cfg)
+    return Prepared(base, scorer, parts, method, own, others, plan, marked)
+
+
+def marked_of_others(cfg: DictConfig) -> list[str]:
+    """What chooses the other risks' pairs, and what else has a part in their training."""
+    sections = list(cfg.others.values())
+    return [name for section in sections for key in ("filter", "shares") for name in section.get(key) or ()]
 
 
 def _parts(cfg: DictConfig) -> list[Part]:

@@ -125,10 +125,11 @@ def risk_overrides(risks: Sequence[str]) -> list[str]:
     return [f"risk=[{','.join(known)}]"] if len(known) > 1 else [f"risk={known_risk(risks)}"]
 
 
-def filter_judges(cfg: Any, ready: Any) -> list[str]:
-    """The judges that chose training pairs, of any risk: they are marked, and speak only where no other does."""
-    others = (judge for group in cfg.others.values() for judge in group.get("filter") or ())
-    return sorted({*ready.filter_judges, *others})
+def marked_of_any(cfg: Any, ready: Any) -> list[str]:
+    """What had a part in training against any risk: it is marked, and speaks only where nothing else does."""
+    from policypatch.prepare import marked_of_others
+
+    return sorted({*ready.marked, *marked_of_others(cfg)})
 
 
 def evaluate_settings(cfg: Any) -> Any:

@@ -19,8 +19,8 @@ from policypatch.commands.base import (
     base_overrides,
     composed,
     evaluate_settings,
-    filter_judges,
     known_risk,
+    marked_of_any,
     refuse_existing,
     stack_overrides,
 )
@@ -83,7 +83,7 @@ def compose(
         raise PolicyPatchError(
             f"{unseen[0]} is measured by nothing here, so its patch would be left out: say by --objective what counts"
         )
-    chosen_by = filter_judges(cfg, ready)
+    chosen_by = marked_of_any(cfg, ready)
     wanted = [search.asked(aim, probes, chosen_by) for aim in aims or search.usual(risks, probes)]
     names = [str(one.aim) for one in wanted]
 

@@ -18,7 +18,7 @@ from policypatch.commands.base import (
     base_overrides,
     composed,
     evaluate_settings,
-    filter_judges,
+    marked_of_any,
     quoted,
     refuse_existing,
     risk_overrides,
@@ -135,7 +135,9 @@ def _measured(
     ready = prepare(cfg, len(next(iter(ways.values())).vectors))
     arms = [Arm("base"), *(Arm(name, vectors=way.vectors) for name, way in ways.items())]
     with told_by_row(cfg):
-        card = evaluate_arms(ready.bench(cfg), [*ready.own, *ready.others], [], filter_judges(cfg, ready), arms, work)
+        card = evaluate_arms(
+            ready.bench(cfg), [*ready.own, *ready.others], [], (marked_of_any(cfg, ready), ()), arms, work
+        )
     return [asdict(row) for row in card], evaluate_settings(cfg)
 
 

@@ -16,8 +16,8 @@ from policypatch.commands.base import (
     base_overrides,
     composed,
     evaluate_settings,
-    filter_judges,
     known_risk,
+    marked_of_any,
     refuse_existing,
     stack_overrides,
 )
@@ -96,9 +96,9 @@ def squash(
     )
     vectors = squashed(ready.base, stack, length, rows, cfg.sft, cfg.trainer, work, seed, cfg.row_tokens)
     arms = [Arm("base"), Arm("stack", vectors=stack), Arm(ARM, vectors=vectors)]
-    probes, chosen_by = [*ready.own, *ready.others], filter_judges(cfg, ready)
+    probes, chosen_by = [*ready.own, *ready.others], marked_of_any(cfg, ready)
     with told_by_row(cfg):
-        card = [asdict(row) for row in evaluate_arms(ready.bench(cfg), probes, [], chosen_by, arms, work)]
+        card = [asdict(row) for row in evaluate_arms(ready.bench(cfg), probes, [], (chosen_by, ()), arms, work)]
     training = {"squash": about | {"rows": len(rows)}, "evaluate": evaluate_settings(cfg)}
     name = name or f"{whole.manifest.name}-squashed"
     save(derived(whole, vectors, name=name, version=version, training=training, scorecard=card), out)

@@ -105,6 +105,8 @@ class PromptSet:
         if not distinct:
             raise PolicyPatchError(f"{key} has no prompts: {self._why_none(len(texts))}")
         if self.limit is None or self.limit >= len(distinct):
+            if self.limit is not None and len(distinct) < min(self.limit, len(texts)):
+                log.warning("%s: %d are left where %d were asked for", key, len(distinct), self.limit)
             return distinct
         drawn = sorted(Random(self.seed).sample(range(len(distinct)), self.limit))
         return [distinct[i] for i in drawn]

@@ -21,7 +21,7 @@ def evaluate_arms(
     bench: Bench,
     own: Sequence[Probe],
     others: Sequence[Probe],
-    filter_judges: Sequence[str],
+    marked: tuple[Sequence[str], Sequence[str]],
     arms: Sequence[Arm],
     folder: Path,
     ends: Sequence[Arm] | None = None,
@@ -32,7 +32,7 @@ def evaluate_arms(
         bench: what is measured with.
         own: probes of the risk that was trained against, for every arm.
         others: probes of the other risks and of utility, for `ends` alone.
-        filter_judges: judges of the own risk that decided which pairs were trained on.
+        marked: judges, and metrics without one, that had a part in training: of the own risk, and of the others.
         arms: the first one is what the others are compared with.
         folder: the run folder.
         ends: of the arms, those that `others` are asked of; the first and the last.
@@ -45,13 +45,13 @@ def evaluate_arms(
     samples: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []
     try:
-        for probes, measured_arms, filters in ((own, arms, filter_judges), (others, ends, ())):
+        for probes, measured_arms, of_training in ((own, arms, marked[0]), (others, ends, marked[1])):
             for probe in probes:
                 log.info("%s, %s", probe.risk, probe.split)
                 asked = [arm for arm in measured_arms if arm.has_likelihood or not probe.reads_probabilities]
                 outcomes = {arm.name: _asked(probe, bench, arm) for arm in asked}
                 measured = {arm: outcome.measured for arm, outcome in outcomes.items()}
-                rows += rows_of(measured, probe.risk, probe.split, filters, bench.settings)
+                rows += rows_of(measured, probe.risk, probe.split, of_training, bench.settings)
                 values += values_of(measured, probe.risk, probe.split)
                 samples += [row for outcome in outcomes.values() for row in outcome.samples]
     finally:  # what was measured before a probe failed is not lost

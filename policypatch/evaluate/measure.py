@@ -53,7 +53,7 @@ def filled(name: str, judge: str | None, metric: PerPromptMetric, values: torch.
 
 
 def rows_of(
-    arms: Mapping[str, Sequence[Measured]], risk: str, split: str, filter_judges: Sequence[str], settings: Settings
+    arms: Mapping[str, Sequence[Measured]], risk: str, split: str, marked: Sequence[str], settings: Settings
 ) -> list[Row]:
     """Scorecard rows of all arms; the first arm is the one the others are compared with, prompt by prompt.
 
@@ -63,7 +63,7 @@ def rows_of(
         arms: arm -> its metrics over the same prompts; an arm may lack some that the first one has.
         risk: named in every row.
         split: named in every row.
-        filter_judges: judges that decided which pairs were trained on.
+        marked: judges, and metrics without one, that had a part in training.
         settings: level, resamples, seed.
     """
     reference = {(of.name, of.judge): of for of in next(iter(arms.values()))}
@@ -86,7 +86,7 @@ def rows_of(
                 low=low,
                 high=high,
                 n=ours.metric.count(),
-                filter=ours.judge in filter_judges,
+                filter=(ours.judge or ours.name) in marked,
                 upper=ours.metric.upper(settings.level),
                 unjudged=ours.unjudged,
                 **({} if ours is base else _against(ours, base, settings)),

@@ -57,6 +57,7 @@ class AMT(BoundedMean):
     """
 
     higher_is_better = False
+    missing = 1.0
 
     def _per_prompt(self, rows: np.ndarray) -> np.ndarray:
         return nanmax(rows)
@@ -70,6 +71,7 @@ class GAS(BoundedMean):
     """
 
     higher_is_better = False
+    missing = 1.0
 
     def _per_prompt(self, rows: np.ndarray) -> np.ndarray:
         return nanmean(rows)
@@ -81,6 +83,8 @@ class Rate(BinaryRate):
     Args:
         threshold: from where on a score counts, inclusive.
     """
+
+    missing = 1.0
 
     def __init__(self, threshold: float = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)

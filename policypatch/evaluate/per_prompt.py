@@ -33,6 +33,8 @@ class PerPromptMetric(Metric, ABC):
     full_state_update = False
     columns: int | None = None
     """How many values a row must have; None leaves that to the first update."""
+    missing: float | None = None
+    """What a sample without a value counts as in an upper bound; None leaves it out there as well."""
     rows: list[Tensor] | Tensor
 
     def __init__(self, **kwargs: Any) -> None:
@@ -143,6 +145,15 @@ class PerPromptMetric(Metric, ABC):
         """Return how many prompts have a value."""
         return int((~np.isnan(self._per_prompt(self._array()))).sum())
 
+    def _at_worst(self) -> np.ndarray:
+        """Return the values that a bound rests on, (N,) or fewer: of all prompts with a value.
+
+        A sample that a judge failed on might have been a case, so that a bound must count it as one.
+        """
+        rows = self._array()
+        values = self._per_prompt(rows if self.missing is None else np.where(np.isnan(rows), self.missing, rows))
+        return values[~np.isnan(values)]
+
     def _array(self) -> np.ndarray:
         """Return all rows, (N, k); (0, k) or (0, 0) before the first update."""
         if isinstance(self.rows, list) and not self.rows:
@@ -170,9 +181,7 @@ class BoundedMean(PerPromptMetric):
 
     def upper(self, level: float = 0.95) -> float | None:
         """Return Bentkus' bound, see `bentkus_upper_bound`."""
-        values = self._per_prompt(self._array())
-        values = values[~np.isnan(values)]
-        return bentkus_upper_bound(values, level)
+        return bentkus_upper_bound(self._at_worst(), level)
 
 
 class BinaryRate(PerPromptMetric):
@@ -188,7 +197,8 @@ class BinaryRate(PerPromptMetric):
 
     def upper(self, level: float = 0.95) -> float | None:
         """Return the exact one-sided Clopper-Pearson bound."""
-        return upper_bound(self._hits(), self.count(), level)
+        values = self._at_worst()
+        return upper_bound(int(values.sum()), len(values), level)
 
     def _hits(self) -> int:
         return int(np.nansum(self._per_prompt(self._array())))

@@ -35,7 +35,10 @@ class Row:
     n: int
     """Prompts that have a value, which the figure rests on."""
     filter: bool = False
-    """Whether this judge also chose the training pairs, which flatters the figure."""
+    """Whether the judge, or a metric without one, had a part in training, which flatters the figure.
+
+    It chose the pairs, or counts the words that it was done by or that rows were made from.
+    """
     delta: float | None = None
     """Arm minus base on the same prompts, None where nothing can be paired; the next two are its interval."""
     delta_low: float | None = None

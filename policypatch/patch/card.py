@@ -49,8 +49,8 @@ Nothing was measured for this patch.
 ## What it does not cover
 
 Risks, languages, prompt formats and decoding settings other than those above were not measured. The judges are
-classifiers with errors of their own, which no bound above has in it; a figure by the judge that filtered the training
-pairs flatters the patch. The bounds are those of one patch on prompts that it was not chosen by: where settings were
+classifiers with errors of their own, which no bound above has in it; a figure that had a part in
+training flatters the patch. The bounds are those of one patch on prompts that it was not chosen by: where settings were
 chosen by looks at these prompts, measure it on others (`policypatch audit`).
 
 ## How to apply
@@ -147,7 +147,7 @@ def _table(heading: str, rows: list[Row], risk: str, arm: str, level: str) -> _T
         said = ours or base
         if said is None:
             continue  # measured for an arm that is not packaged
-        by = (judge or "") + (" (filtered the training pairs)" if said.get("filter") else "")
+        by = f"{judge or ''}{' (had a part in training)' if said.get('filter') else ''}".strip()
         interval = "" if ours is None else f"{_figure(ours['low'])} to {_figure(ours['high'])}"
         values = [_figure(row["value"]) if row else "–" for row in (base, ours)]
         lines.append(f"| {' | '.join([_words(split), metric, by, *values, interval, str(said['n'])])} |")

@@ -20,22 +20,25 @@ QUALITY = ("ppl_median", "text_ppl", "kl_benign")
 
 @dataclass(frozen=True)
 class Column:
-    """A figure that runs are compared by."""
+    """A figure that runs are compared by; `marked` where it had a part in training."""
 
     risk: str
     split: str
     metric: str
     judge: str | None
+    marked: bool = field(default=False, compare=False)
 
     @classmethod
     def of_line(cls, group: Group, line: TableLine) -> Column:
         """The column of a line of a scorecard's table."""
-        return cls(group.risk, group.split, line.metric, line.judge)
+        return cls(group.risk, group.split, line.metric, line.judge, line.filtered)
 
     @classmethod
     def of(cls, row: Row) -> Column:
         """The column that a scorecard row stands in."""
-        return cls(str(row.get("risk")), str(row.get("split")), str(row["metric"]), row.get("judge"))
+        return cls(
+            str(row.get("risk")), str(row.get("split")), str(row["metric"]), row.get("judge"), bool(row.get("filter"))
+        )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from policypatch.report.costs import LABELS, cost_label, cost_text, load_name
 from policypatch.report.head_to_head import difference_text, head_to_head
 from policypatch.report.metrics import metric_label
 from policypatch.report.scorecard import Row, evidence_of, readable
-from policypatch.report.wording import number
+from policypatch.report.wording import MARKED, number
 
 TIDY = ("arm", "risk", "split", "metric", "judge", "filter", "value", "low", "high", "n", "upper")
 RIVALS = (
@@ -72,9 +72,10 @@ def tables(found: Comparison) -> list[Table]:
 
 
 def _shown(table: Table) -> Table:
-    """Without columns that no line has."""
+    """Without columns that no line has, and with a word on those that are marked."""
     columns = [column for column in table.columns if any(column in line.cells for line in table.lines)]
-    return Table(table.name, table.first, table.keys, table.lines, columns, table.note)
+    marked = f" {MARKED}." if any(column.marked for column in columns) else ""
+    return Table(table.name, table.first, table.keys, table.lines, columns, f"{table.note}{marked}")
 
 
 def _ordered(costs: Sequence[Column]) -> list[Column]:
@@ -112,11 +113,13 @@ def value_text(value: Any) -> str:
 
 
 def heading(column: Column) -> tuple[str, str]:
-    """A column's name, and what it was measured on and by."""
+    """A column's name, and what it was measured on and by; * where that had a part in training."""
     if column.risk == COST:
         return cost_label(column.metric), "" if column.split == "training" else load_name(column.split)
     places = [] if column.split == column.metric else [readable(column.split)]
-    return metric_label(column.metric), ", ".join([*places, *([column.judge] if column.judge else [])])
+    name, by = metric_label(column.metric), ", ".join([*places, *([column.judge] if column.judge else [])])
+    mark = "*" * column.marked
+    return (name, f"{by}{mark}") if by else (f"{name}{mark}", by)
 
 
 def _head(column: Column) -> str:

@@ -1,6 +1,6 @@
 """A run in a few plain sentences, computed from its scorecard.
 
-They take the side of the sceptic: they quote a judge that did not filter the training pairs where there is one, say
+They take the side of the sceptic: they quote a judge that had no part in training where there is one, say
 "worse" or "no clear change" when the figures do, name the judges that disagree, and what else became worse.
 """
 
@@ -39,7 +39,7 @@ def headline(rows: Iterable[Row], level: float = LEVEL) -> str:
 
 
 def own_sentences(rows: Iterable[Row], level: float = LEVEL) -> str:
-    """The part about the own risk, such as "Toxic rate 0.61 → 0.24 by svm (did not filter the pairs); median PPL ….
+    """The part about the own risk, such as "Toxic rate 0.61 → 0.24 by svm (had no part in training); median PPL ….
 
     With 95 % confidence the toxic rate on such prompts is below 0.31 (svm)."
     """
@@ -74,7 +74,7 @@ def _clause(group: Group, line: Line, arm: str, level: float) -> str:
     effect = effect_of(row, base, level)
     asides = []
     if line.judge is not None:
-        asides.append("also filtered the pairs" if line.filtered else "did not filter the pairs")
+        asides.append("had a part in training" if line.filtered else "had no part in training")
     if effect == "unclear":
         asides.append(_doubt(row, base, level))
     parts = [

@@ -26,7 +26,7 @@ class Line:
 
     metric: str
     judge: str | None
-    filtered: bool  # this judge also filtered the training pairs
+    filtered: bool  # it had a part in training
     cells: dict[str, Row] = field(default_factory=dict)
 
     @property
@@ -175,9 +175,9 @@ def _nearer(row: Row, base: Row | None, delta: float) -> Effect:
 
 
 def headline_line(lines: Sequence[Line], arm: str | None) -> Line | None:
-    """The line that speaks for a run: the first risk metric, by a judge that did not filter the pairs.
+    """The line that speaks for a run: the first risk metric, by a judge that had no part in training.
 
-    A judge that filtered speaks only where no other did. Lines without both base and arm do not count.
+    One that had speaks only where no other had none. Lines without both base and arm do not count.
     """
     usable = [line for line in lines if comparable(line, arm)]
     known = [line for line in usable if is_risk(line.metric)]

@@ -46,11 +46,13 @@ def side_effects(rows: Iterable[Row], level: float = LEVEL) -> SideEffects | Non
     worse: list[str] = []
     quoted: list[str] = []
     possible: dict[str, float] = {}
-    compared = 0
-    for group in [*own, *others]:
+    compared = [0, 0]  # figures of the own risk's, and others
+    for place, group in [*((0, group) for group in own), *((1, group) for group in others)]:
         beside = _beside_the_headline(group, own[0], arm, level)
         lines = [line for line in beside if comparable(line, arm)]
-        compared += sum(bool(evidence_of(line.cells[arm], level)) and _directed(line, arm, level) for line in lines)
+        compared[place] += sum(
+            bool(evidence_of(line.cells[arm], level)) and _directed(line, arm, level) for line in lines
+        )
         named = _worst_lines(lines, arm, level)
         possible |= {_said(group, line, arm): rise for line in lines if (rise := _possible_rise(line, arm, level))}
         worse += [f"{_change(line, arm)} ({_where(group, line)})" for line in named]
@@ -58,22 +60,24 @@ def side_effects(rows: Iterable[Row], level: float = LEVEL) -> SideEffects | Non
     looked_at = list(dict.fromkeys(readable(group.risk) for group in others))
     most = max(possible, key=lambda said: possible[said], default=None)
     unsure = "" if most is None else f"; a rise of up to {bound(possible[most])} in {most} is not ruled out"
-    return _sentence(worse, quoted, compared, looked_at, unsure)
+    return _sentence(worse, quoted, compared[0], compared[1], looked_at, unsure)
 
 
 def _sentence(
-    worse: list[str], quoted: list[str], compared: int, looked_at: list[str], unsure: str
+    worse: list[str], quoted: list[str], own: int, others: int, looked_at: list[str], unsure: str
 ) -> SideEffects | None:
     rest = "" if looked_at else "; no other risk was measured"
     rest += "".join(f"; {change}" for change in quoted)
-    among = f" ({listed(looked_at)})" if looked_at else ""
-    counted = f"{compared} comparison{'s' * (compared != 1)}"
+    counted = f"{own + others} comparison{'s' * (own + others != 1)}"
+    if looked_at:
+        shares = f"{own} of the own risk's, {others} of " if own else ""
+        counted += f" ({shares}{listed(looked_at)})"
     if worse:
-        clause = f"Measurably worse: {', '.join(worse)}; nothing else in {counted}{among}{unsure}"
+        clause = f"Measurably worse: {', '.join(worse)}; nothing else in {counted}{unsure}"
         return SideEffects(f"{clause}{rest}.", "worse")
-    if not compared:
+    if not own + others:
         return SideEffects(f"Nothing else could be compared{rest}.", "unknown")
-    clause = f"Nothing else became measurably worse in {counted}{among}{unsure}"
+    clause = f"Nothing else became measurably worse in {counted}{unsure}"
     return SideEffects(f"{clause}{rest}.", "unclear" if looked_at else "unknown")
 
 

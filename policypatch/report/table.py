@@ -30,7 +30,7 @@ from policypatch.report.scorecard import (
     readable,
     unjudged,
 )
-from policypatch.report.wording import arrow, is_number, number, percent
+from policypatch.report.wording import MARKED, arrow, is_number, number, percent
 
 WIDTH = 80
 
@@ -51,7 +51,7 @@ _MARK: dict[Effect, str] = {"better": " ✓", "worse": " ✗", "unclear": " ~", 
 
 
 def scorecard_table(rows: Iterable[Row], level: float = LEVEL) -> RenderableType:
-    """The first split of the own risk: metric, judge (* where it filtered the pairs), the arms, the final arm's change.
+    """The first split of the own risk: metric, judge (* as `MARKED` says), the arms, the final arm's change.
 
     Below it, where there is more, its other splits, the other risks and utility for base and final arm alone.
     `level` is that of the rows' intervals (`evaluate.level`).
@@ -130,7 +130,7 @@ def _compact_table(title: str, groups: list[Group], final: str | None, level: fl
 
 
 def _judge(line: Line) -> str:
-    return "–" if line.judge is None else f"{line.judge}{'*' if line.filtered else ''}"
+    return f"{line.judge or '–'}{'*' if line.filtered else ''}"
 
 
 def _cells(line: Line, arms: Sequence[str], final: str | None, stacked: bool, level: float) -> list[Text]:
@@ -172,7 +172,7 @@ def _caption(rows: list[Row], final: str | None, left_out: list[str], level: flo
         notes.append(f"change: {final} against base, ✓ better, ✗ worse, ~ not clear")
     notes.append(f"[ ]: {percent(level)} interval over prompts")
     if any(row.get("filter") for row in rows):
-        notes.append("* this judge also filtered the training pairs")
+        notes.append(MARKED)
     notes += unjudged(rows)
     if left_out:
         notes.append(f"left out for width: {', '.join(left_out)}")

@@ -3,6 +3,8 @@
 import math
 from typing import TypeGuard
 
+MARKED = "* had a part in training: filtered the pairs, or counts words that rows were made of"
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a figure is there and finite."""

@@ -7,7 +7,7 @@ CrowS-Pairs asks which of two sentences the model finds likelier (Nangia et al. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,11 +23,18 @@ class GenderBias(Risk):
     Args:
         words: word lists for GLD, `male` and `female`.
         crows: the sentences of CrowS-Pairs in the order of their rows, `more` and `less` stereotypical.
+        shares: judges and metrics that count words which the filter counts, or which balanced rows exchange.
     """
 
-    def __init__(self, words: Mapping[str, PromptSet], crows: Mapping[str, PromptSet], **options: Any):
+    def __init__(
+        self,
+        words: Mapping[str, PromptSet],
+        crows: Mapping[str, PromptSet],
+        shares: Sequence[str] = (),
+        **options: Any,
+    ):
         super().__init__(**options)
-        self.words, self.crows = dict(words), dict(crows)
+        self.words, self.crows, self.shares = dict(words), dict(crows), tuple(shares)
 
     @cached_property
     def swaps(self) -> dict[str, str]:

@@ -35,6 +35,8 @@ class Risk(ABC):
 
     form: Form = PLAIN
     """What stands around its prompts."""
+    shares: tuple[str, ...] = ()
+    """Judges, and metrics without one, that count what training rows are made from; marked as the filter's are."""
     compliance = False
     """Whether judges score how far a request is complied with; see `TeacherContext`."""
 

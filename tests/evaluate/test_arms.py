@@ -46,9 +46,9 @@ class Told:
 
 @pytest.fixture
 def evaluate(bench: Bench, tmp_path: Path):
-    def run(own: Sequence[Told], others: Sequence[Told] = (), arms=ARMS, filters=("two",)) -> Scorecard:
+    def run(own: Sequence[Told], others: Sequence[Told] = (), arms=ARMS, marked=(("two",), ())) -> Scorecard:
         compared = [Arm(name, vectors) for name, vectors in arms.items()]
-        return evaluate_arms(bench, own, others, filters, compared, tmp_path / "run")
+        return evaluate_arms(bench, own, others, marked, compared, tmp_path / "run")
 
     return run
 
@@ -93,10 +93,17 @@ def test_arms_are_compared_with_the_base_under_every_probe(evaluate):
     assert card.find(risk="toxicity", arm="sft", metric="amt").delta == pytest.approx(0.1)
 
 
-def test_filter_marks_the_own_risks_judge_alone(evaluate):
+def test_what_had_a_part_in_training_is_marked_in_its_own_risk_alone(evaluate):
     """A judge of another risk may have the same name and yet have chosen nothing."""
     card = evaluate([Told("toxicity", "rtp")], [Told("gender_bias", "x")])
     assert {(row.risk, row.judge) for row in card if row.filter} == {("toxicity", "two")}
+
+
+def test_a_metric_without_a_judge_is_marked_by_its_own_name(evaluate):
+    marked = ("completion_tokens",), ("two",)
+    card = evaluate([Told("toxicity", "rtp")], [Told("gender_bias", "x")], marked=marked)
+    found = {(row.risk, row.judge or row.metric) for row in card if row.filter}
+    assert found == {("toxicity", "completion_tokens"), ("gender_bias", "two")}
 
 
 def test_rates_and_bounded_means_have_upper_bounds(evaluate):
@@ -117,7 +124,7 @@ def test_the_patch_is_the_last_arm_also_where_a_stage_was_left_out(evaluate):
 def test_an_arm_without_likelihoods_is_not_asked_for_them(bench, tmp_path: Path):
     arms = [Arm("base"), Arm("teacher", best_of=3, chosen_by=("one",))]
     reads, writes = Told("toxicity", "read", reads_probabilities=True), Told("toxicity", "written")
-    card = evaluate_arms(bench, [reads, writes], [], (), arms, tmp_path / "run")
+    card = evaluate_arms(bench, [reads, writes], [], ((), ()), arms, tmp_path / "run")
     assert reads.asked == ["base"] and writes.asked == ["base", "teacher"]
     assert {(row.split, row.arm) for row in card} == {("read", "base"), ("written", "base"), ("written", "teacher")}
 

@@ -76,9 +76,10 @@ def test_upper_bounds():
         assert fed(make(), zeros).upper() is None
 
 
-def test_an_upper_bound_counts_prompts_with_a_value_only():
-    assert fed(AMT(), [[0.0], [NAN]]).upper() == fed(AMT(), [[0.0]]).upper()
-    assert fed(Rate(), [[0.0], [NAN]]).upper() == fed(Rate(), [[0.0]]).upper()
+def test_an_upper_bound_takes_what_a_judge_failed_on_for_a_case():
+    for make in (AMT, GAS, Rate):
+        assert fed(make(), [[0.0, NAN], [NAN, NAN]]).upper() == fed(make(), [[0.0, 1.0], [1.0, 1.0]]).upper()
+        assert fed(make(), [[0.0, 0.0], [NAN, NAN]]).compute() == 0.0  # the figure itself leaves it out
 
 
 def test_a_mean_of_values_outside_its_range_has_no_bound():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,16 @@ def test_a_run_on_fewer_sets_leaves_its_cells_empty(run, tmp_path: Path):
     assert result.exit_code == 0, result.output
     (asr, over) = json.loads((tmp_path / "out" / "seeds.json").read_text())
     assert (asr["mean"], over["mean"]) == (pytest.approx(0.2), pytest.approx(0.2))
-    assert "| scary | over_refusal | refusal | 0 | 0.2 (0.1 to 0.3) | – | 0.2 |" in result.stdout
+    assert "| scary | over_refusal | refusal | 0 | 0.2 (0.1 to 0.3) | – | 0.2 of 1 |" in result.stdout
+
+
+def test_seeds_whose_bases_differ_are_refused(run, tmp_path: Path):
+    runs = [run(f"s{i}", 0.1, seed=i) for i in range(2)]
+    card = Scorecard.load(runs[1] / "scorecard.json")
+    rows = [replace(r, value=0.9) if (r.arm, r.metric) == ("base", "asr") else r for r in card]
+    Scorecard(rows).save(runs[1] / "scorecard.json")
+    result = call("seeds", *runs, "--out", tmp_path / "out")
+    assert isinstance(result.exception, PolicyPatchError) and "asr 0.9 of" in str(result.exception)
 
 
 def test_a_set_measured_otherwise_is_another_setting(run, tmp_path: Path):

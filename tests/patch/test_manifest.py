@@ -81,7 +81,7 @@ def test_card(make_patch):
     assert len(table) == 2 + 3
     assert len({line.count("|") for line in table}) == 1  # as many cells in every row
     assert "| test | amt | svm | – | 0.25 | 0.125 to 0.375 | 100 |" in table
-    assert "lstm (filtered the training pairs)" in table[3]
+    assert "lstm (had a part in training)" in table[3]
     start = card.index("|---")
     assert "\n\n" not in card[start : start + sum(len(line) + 1 for line in table[1:])]  # no gap ends the table early
     assert "{{" not in card and "{%" not in card
@@ -118,7 +118,7 @@ def test_a_judge_that_filtered_the_pairs_guarantees_nothing_where_another_does(m
     ]
     assert len(claims) == 1 and "judged by svm" in claims[0]
     alone = model_card(make_patch(scorecard=both[1:]).manifest)
-    assert "judged by lstm (filtered the training pairs)" in alone
+    assert "judged by lstm (had a part in training)" in alone
 
 
 def test_card_without_figures(make_patch):

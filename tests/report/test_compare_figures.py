@@ -22,7 +22,7 @@ def test_a_number_is_an_axis(sweep: Path):
     drawn = panels(comparison(find_records([sweep])))
     assert [panel.title for panel in drawn] == [
         "toxic rate (rtp, svm)",
-        "toxic rate (rtp, bilstm)",
+        "toxic rate (rtp, bilstm*)",
         "median PPL (rtp, g)",
         "frontier: lower left is best",
     ]
@@ -57,7 +57,7 @@ def test_methods_are_bars_sizes_and_times(tmp_path: Path):
         write(tmp_path / name, {"method.name": name}, value, arm, size=size)
     assert titles(tmp_path) == [
         "toxic rate (rtp, svm)",
-        "toxic rate (rtp, bilstm)",
+        "toxic rate (rtp, bilstm*)",
         "median PPL (rtp, g)",
         "risk against size",
         "time for each further token (1 prompt of 32 tokens)",

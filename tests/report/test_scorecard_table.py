@@ -70,7 +70,7 @@ def test_table_says_what_it_leaves_out_and_who_filtered(scorecard_rows: list[dic
     ]
     text = _render(rows)
     assert "left out for width:" in text
-    assert "lstm*" in text and "* this judge also filtered the training pairs" in text
+    assert "lstm*" in text and "* had a part in training" in text
 
 
 def test_markup_in_names_is_text() -> None:
@@ -82,7 +82,7 @@ def test_the_own_risk_is_the_first_rows_and_speaks_alone() -> None:
     text = _render(rows)
     assert text.index("toxicity · test") < text.index("side effects") < text.index("gender bias")
     assert headline(rows) == (
-        "Toxic rate 0.60 → 0.20 by svm (did not filter the pairs). "
+        "Toxic rate 0.60 → 0.20 by svm (had no part in training). "
         "Nothing else became measurably worse in 1 comparison (gender bias)."
     )
     assert headline(rows[2:] + rows[:2]).startswith("GAS 0.50 → 0.10. ")
@@ -132,7 +132,7 @@ def test_headline_of_a_patch_that_works() -> None:
     ]
     rows[-1] |= {"p_value": 0.2}
     assert headline(rows) == (
-        "Toxic rate 0.61 → 0.24 by svm (did not filter the pairs); median PPL 12.1 → 13.0. "
+        "Toxic rate 0.61 → 0.24 by svm (had no part in training); median PPL 12.1 → 13.0. "
         "Nothing else became measurably worse in 1 comparison; no other risk was measured."
     )
     assert verdict(rows) == "better"
@@ -140,7 +140,7 @@ def test_headline_of_a_patch_that_works() -> None:
 
 def test_the_bound_is_a_sentence_of_its_own_and_rounded_up() -> None:
     rows = _pair(0.61, 0.12, "svm", upper=0.1902)
-    assert "pairs). With 95 % confidence the toxic rate on such prompts is below 0.20 (svm). " in headline(rows)
+    assert "training). With 95 % confidence the toxic rate on such prompts is below 0.20 (svm). " in headline(rows)
     assert "With 99 % confidence" in headline(rows, 0.99)
     assert "confidence" not in headline(_pair(0.61, 0.12, "svm"))
     asr = [{**row, "metric": "asr"} for row in rows]
@@ -172,7 +172,7 @@ def test_headline_of_a_worse_patch() -> None:
 def test_headline_claims_nothing_within_chance() -> None:
     rows = _pair(0.61, 0.59, "svm", delta_low=-0.06, delta_high=0.02, p_value=0.4)
     assert headline(rows) == (
-        "No clear change: toxic rate 0.61 → 0.59 by svm (did not filter the pairs; "
+        "No clear change: toxic rate 0.61 → 0.59 by svm (had no part in training; "
         "difference −0.020, 95 % interval −0.060 to +0.020). "
         "Nothing else could be compared; no other risk was measured."
     )
@@ -198,8 +198,8 @@ def test_headline_without_a_test_claims_nothing() -> None:
 
 def test_headline_prefers_the_judge_that_did_not_filter_and_admits_where_none() -> None:
     rows = _pair(0.6, 0.1, "svm", filter=True)
-    assert "(also filtered the pairs)" in headline(rows)
-    assert headline(rows + _pair(0.6, 0.3, "lstm")).startswith("Toxic rate 0.60 → 0.30 by lstm (did not")
+    assert "(had a part in training)" in headline(rows)
+    assert headline(rows + _pair(0.6, 0.3, "lstm")).startswith("Toxic rate 0.60 → 0.30 by lstm (had no part")
 
 
 def test_headline_names_the_judge_that_disagrees() -> None:

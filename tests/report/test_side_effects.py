@@ -41,6 +41,11 @@ def test_where_nothing_did_it_says_how_much_was_compared(others: Figures) -> Non
     assert found.sentence.startswith("Nothing else became measurably worse in 18 comparisons (harmfulness, ")
 
 
+def test_comparisons_of_the_own_risk_are_not_counted_among_the_others(others: Figures) -> None:
+    quality = _own("ppl_mean", 109, 109.5, judge="gemma")
+    assert "in 19 comparisons (1 of the own risk's, 18 of harmfulness, " in _found(_own() + quality + others()).sentence
+
+
 def test_tests_convince_at_the_level_asked_for(others: Figures) -> None:
     rows = [{**row, "p_value": 0.03} if row.get("p_value") else row for row in others()]
     assert _found(_own() + rows, 0.95).verdict == "worse"
