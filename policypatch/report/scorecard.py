@@ -125,12 +125,14 @@ def by_risk(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
 
 
 def delta_of(row: Row, base: Row | None) -> float | None:
-    """The difference to the base: as given, or else from the two values."""
+    """The difference to the base: as given, or else from the two values; nothing where only rounding is left of it."""
     if is_number(row.get("delta")):
-        return float(row["delta"])
-    if base is not None and is_number(row.get("value")) and is_number(base.get("value")):
-        return float(row["value"]) - float(base["value"])
-    return None
+        delta = float(row["delta"])
+    elif base is not None and is_number(row.get("value")) and is_number(base.get("value")):
+        delta = float(row["value"]) - float(base["value"])
+    else:
+        return None
+    return 0.0 if abs(delta) < 1e-12 else delta
 
 
 def evidence_of(row: Row, level: float = LEVEL) -> list[bool]:
