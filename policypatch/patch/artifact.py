@@ -105,7 +105,8 @@ def _read(
     manifest = Manifest.from_json(parse_json(written, folder / MANIFEST), str(folder / MANIFEST))
     check_header(folder / VECTORS, [manifest.length, manifest.width])
     try:
-        vectors = load_file(folder / VECTORS)[TENSOR]
+        # A copy: what safetensors gives is the file itself, in which the vectors could change after they were checked.
+        vectors = load_file(folder / VECTORS)[TENSOR].clone()
     except SafetensorError as error:  # offsets that do not fit, which the header's own check leaves to the reader
         raise PolicyPatchError(f"{folder / VECTORS} is damaged: {error}") from error
     _check_vectors(vectors, manifest, str(folder))

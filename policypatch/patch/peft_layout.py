@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -70,7 +71,8 @@ def load_peft(folder: Path) -> tuple[Tensor, str | None, Manifest | None]:
         raise PolicyPatchError(f"{folder / CONFIG}: num_virtual_tokens and token_dim are {shape}: expected two sizes")
     check_header(folder / ADAPTER, shape, tuple(BYTES), CONFIG)
     try:
-        tensors = load_file(folder / ADAPTER)
+        # A copy also of float32: what safetensors gives is the file itself, which may change after it was looked at.
+        vectors = load_file(folder / ADAPTER)[TENSOR].to(torch.float32, copy=True)
     except SafetensorError as error:
         raise PolicyPatchError(f"{folder / ADAPTER} is damaged: {error}") from error
     manifest = None
@@ -78,4 +80,4 @@ def load_peft(folder: Path) -> tuple[Tensor, str | None, Manifest | None]:
         written = parse_json(read_limited(folder / MANIFEST, MANIFEST_LIMIT), folder / MANIFEST)
         manifest = Manifest.from_json(written, str(folder / MANIFEST))
     base = config.get("base_model_name_or_path")
-    return tensors[TENSOR].float(), base if isinstance(base, str) else None, manifest
+    return vectors, base if isinstance(base, str) else None, manifest

@@ -46,6 +46,15 @@ def test_vectors_are_kept_to_the_bit(make_patch, tmp_path: Path):
     assert again.numpy().tobytes() == odd.numpy().tobytes()
 
 
+def test_vectors_stay_what_was_checked_when_their_file_is_written_over(folder: Path, make_patch):
+    patch = load(folder)
+    with (folder / VECTORS).open("r+b") as file:  # in place: the same file, other bytes
+        file.seek(-4 * patch.vectors.numel(), 2)
+        file.write(bytes(4 * patch.vectors.numel()))
+    assert torch.equal(patch.vectors, make_patch().vectors)
+    assert digest(patch.vectors) == patch.manifest.sha256
+
+
 def test_saving_takes_a_parameter_and_replaces_an_older_artifact(make_patch, tmp_path: Path):
     save(make_patch(), tmp_path / "patch")
     newer = torch.nn.Parameter(torch.ones(2, 64))

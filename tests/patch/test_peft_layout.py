@@ -57,6 +57,14 @@ def test_there_and_back_nothing_is_lost(folder: Path, make_patch):
     assert torch.equal(vectors, make_patch().vectors) and base == "tiny" and manifest == make_patch().manifest
 
 
+def test_vectors_stay_what_was_read_when_their_file_is_written_over(folder: Path, make_patch):
+    vectors, _, _ = load_peft(folder)
+    with (folder / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-4 * vectors.numel(), 2)
+        file.write(bytes(4 * vectors.numel()))
+    assert torch.equal(vectors, make_patch().vectors)
+
+
 def test_what_peft_itself_trained_is_read(tiny_llama, tmp_path: Path):
     from peft import PromptTuningConfig, get_peft_model
 
