@@ -15,7 +15,8 @@ from policypatch.errors import PolicyPatchError
 
 FORMAT = 1
 COST = "cost"  # in the risk's place of a scorecard's rows that say what a patch, or any other arm, costs
-LONG, DEEP = 10_000, 32  # entries of a list, and levels of settings, that a manifest may have
+LONG, MANY, DEEP = 10_000, 300_000, 32  # entries of a list or dictionary, entries in all, and levels of a manifest
+KEY, PLACE = 300, 100  # characters of a key, and of what is said of where it stands
 
 
 @dataclass(frozen=True)
@@ -120,19 +121,32 @@ class Manifest:
 
 
 def _refuse_large(data: Any, where: str) -> None:
-    """Refuse what would take long to be checked, or more than a program's stack."""
-    if not isinstance(data, dict):
-        return
-    for key, value in data.items():
-        if isinstance(value, list | dict) and len(value) > LONG:
-            raise PolicyPatchError(f"{where}: {key} has {len(value):,} entries: no patch has as many")
-    layer, depth = [data.get("training")], 0
+    """Refuse what would take long to be checked, or more than a program's memory or stack.
+
+    Raises:
+        PolicyPatchError: a list, a dictionary or the whole has too many entries, a key is too long, or levels too many.
+    """
+    layer, depth, entries = [("the manifest", data)], 0, 0
     while layer:
-        depth += 1
         if depth > DEEP:
-            raise PolicyPatchError(f"{where}: training is nested more than {DEEP} deep: no patch's settings are")
-        below = [value for value in layer if isinstance(value, list | dict)]
-        layer = [each for value in below for each in (value.values() if isinstance(value, dict) else value)]
+            raise PolicyPatchError(
+                f"{where}: {layer[0][0]} is nested more than {DEEP} deep: no patch has as many levels"
+            )
+        below: list[tuple[str, Any]] = []
+        for name, value in layer:
+            if not isinstance(value, list | dict):
+                continue
+            if len(value) > LONG:
+                raise PolicyPatchError(f"{where}: {name} has {len(value):,} entries: no patch has as many")
+            if (entries := entries + len(value)) > MANY:
+                raise PolicyPatchError(f"{where} has more than {MANY:,} entries in all: no patch has as many")
+            if isinstance(value, list):
+                below += [(name, each) for each in value]
+                continue
+            if any(len(key) > KEY for key in value):
+                raise PolicyPatchError(f"{where}: {name} has a key of more than {KEY} characters: no patch has such")
+            below += [(ascii(key)[1:-1] if depth == 0 else name, each) for key, each in value.items()]
+        layer, depth = below, depth + 1
 
 
 def _refuse_odd(data: Any, where: str) -> None:
@@ -149,7 +163,8 @@ def _refuse_odd(data: Any, where: str) -> None:
             for key in value:
                 if not key.isprintable() or not _whole(key):
                     raise PolicyPatchError(f"{where}: a key below {place} is no plain text: {ascii(key)[:100]}")
-            layer += [(f"{place}.{key}" if value is not data else key, each) for key, each in value.items()]
+            # Cut: below long keys, the places of many entries would take more memory than all else.
+            layer += [((f"{place}.{key}" if value is not data else key)[:PLACE], each) for key, each in value.items()]
         elif isinstance(value, list):
             layer += [(place, each) for each in value]
         elif isinstance(value, str) and not _whole(value):

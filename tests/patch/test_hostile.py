@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -157,12 +158,46 @@ def test_a_manifest_that_would_take_long_or_speak_to_a_terminal(folder: Path, ch
     assert time.process_time() - start < 5
 
 
+def below(keys: list[str], inner: object) -> object:
+    for key in reversed(keys):
+        inner = {key: inner}
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        # As little as does no harm to who runs this without the limits: ten times both is a hundred times the memory.
+        (below(["A" * 20_000], {f"{i}": 0 for i in range(9_000)}), "training has a key of more than 300 characters"),
+        (below(["a" * 300] * 30, {f"{i}": 0 for i in range(10_000)}), None),  # what is accepted takes little as well
+        (below(["a"], {f"{i}": 0 for i in range(10_001)}), "training has 10,001 entries"),
+        ([[0] * 9_999] * 31, "has more than 300,000 entries in all"),
+    ],
+)
+def test_keys_and_entries_that_would_take_memory(folder: Path, training: object, message: str | None):
+    manifest = json.loads((folder / MANIFEST).read_text()) | {"training": training}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    tracemalloc.start()
+    try:
+        if message is None:
+            load(folder)
+        else:
+            refused(folder, message)
+        assert tracemalloc.get_traced_memory()[1] < 40e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_message_about_a_key_obeys_no_terminal(folder: Path):
+    (folder / MANIFEST).write_text(json.dumps({"\x1b[2J": [0] * 20_000}))
+    with pytest.raises(PolicyPatchError, match="has 20,000 entries") as caught:
+        load(folder)
+    assert str(caught.value).isprintable()
+
+
 def test_settings_nested_without_end(folder: Path):
     manifest = json.loads((folder / MANIFEST).read_text())
-    deep: dict = {}
-    for _ in range(200):
-        deep = {"a": deep}
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"training": deep}))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"training": below(["a"] * 200, {})}))
     refused(folder, "nested more than 32 deep")
     (folder / MANIFEST).write_text('{"training": ' + "[" * 100_000 + "]" * 100_000 + "}")
     refused(folder, ".")
