@@ -182,5 +182,6 @@ def _rounded_up(value: float) -> str:
     """To three digits and never down: a bound of 0.1942 does not say "below 0.194"."""
     if value <= 0:
         return _figure(value)
-    unit = 10 ** (math.floor(math.log10(value)) - 2)
+    value = max(value, 1e-300)  # a unit of what is smaller would be 0
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return _figure(math.ceil(value / unit - 1e-9) * unit)

@@ -57,9 +57,10 @@ def scorecard_table(rows: Iterable[Row], level: float = LEVEL) -> RenderableType
     `level` is that of the rows' intervals (`evaluate.level`).
     """
     rows = list(rows)
-    if not rows:
+    groups = groups_of(rows)
+    if not groups:  # costs alone are no figures of a risk
         return Text("The scorecard is empty.")
-    first, *rest = groups_of(rows)
+    first, *rest = groups
     final = final_arm(rows)
     table, left_out = _full(first, final, level)
     parts: list[RenderableType] = [table]

@@ -1,7 +1,9 @@
 """Patches made to do harm: loading refuses them in one sentence, at once, and reads nothing outside their folder."""
 
+import io
 import json
 import os
+import re
 import struct
 import time
 import tracemalloc
@@ -10,12 +12,16 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from policypatch.errors import PolicyPatchError
 from policypatch.patch.artifact import MANIFEST, TENSOR, VECTORS, load, save
 from policypatch.patch.card import model_card
+from policypatch.patch.manifest import COST, Manifest
 from policypatch.patch.peft_layout import load_peft, save_peft
 from policypatch.patch.signature import SIGNATURE
+from policypatch.report.metrics import METRICS
+from policypatch.report.table import scorecard_table
 
 FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
@@ -28,6 +34,13 @@ JSON = st.recursive(
 @pytest.fixture
 def folder(make_patch, tmp_path: Path) -> Path:
     return save(make_patch(), tmp_path / "patch")
+
+
+def shown(manifest: Manifest) -> str:
+    """Card and table, as `policypatch info` prints it."""
+    console = Console(file=io.StringIO(), width=80)
+    console.print(scorecard_table(manifest.scorecard))
+    return model_card(manifest) + console.file.getvalue()
 
 
 def refused(folder: Path, message: str) -> None:
@@ -83,10 +96,60 @@ def test_any_value_in_a_manifest(folder: Path, data):
     except PolicyPatchError as error:
         assert "\n" not in str(error)
     else:
-        model_card(found.manifest)
+        shown(found.manifest)
         found.manifest.to_json()
     finally:
         (folder / MANIFEST).write_text(written)
+
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63) + 1, 2**63 - 1)
+ROWS = st.fixed_dictionaries(
+    {
+        "arm": st.sampled_from(["base", "patch", "teacher", ""]),
+        "risk": st.sampled_from([COST, "toxicity", "utility", ""]),
+        "split": st.sampled_from(["test", "32x1", "x"]),
+        "judge": st.none() | st.sampled_from(["svm", "lstm"]),
+        "metric": st.sampled_from([*METRICS, "per_token_ratio", "artifact_bytes", "?"]),
+        "value": NUMBERS,
+        "low": NUMBERS,
+        "high": NUMBERS,
+        "n": st.integers(-(2**63) + 1, 2**63 - 1),
+    },
+    optional={"filter": st.booleans(), "unjudged": st.integers(-9, 9)}
+    | {key: st.none() | NUMBERS for key in ("delta", "delta_low", "delta_high", "p_value", "upper")},
+)
+
+
+@FUZZ
+@given(rows=st.lists(ROWS, max_size=6), upper=st.floats(0, 1e-300) | st.floats(1e300, allow_infinity=False))
+def test_any_figures_in_a_scorecard_are_shown(make_patch, rows: list, upper: float):
+    edge = make_patch().manifest.scorecard[0] | {"upper": upper}
+    for scorecard in (rows, [*rows, edge], [edge]):
+        manifest = make_patch(scorecard=scorecard).manifest
+        assert shown(Manifest.from_json(manifest.to_json(), "here"))
+
+
+@pytest.mark.parametrize("upper", [5e-324, 1e-322, 1e-305, 1.7976931348623157e308])
+def test_a_bound_at_the_edge_of_floats_is_not_rounded_down(make_patch, upper: float):
+    row = make_patch().manifest.scorecard[0] | {"upper": upper}
+    said = re.search(r"is below (\S+) on", shown(make_patch(scorecard=[row]).manifest))
+    assert said is not None and float(said[1]) >= upper
+
+
+def test_a_scorecard_of_costs_alone(make_patch):
+    row = make_patch().manifest.scorecard[0] | {"risk": COST, "metric": "artifact_bytes"}
+    assert "The scorecard is empty." in shown(make_patch(scorecard=[row]).manifest)
+
+
+@pytest.mark.parametrize("key", ["name", "risks", "base", "parents", "scorecard", "packages", "created", "sha256"])
+@pytest.mark.parametrize("opened", ["[", '{"a":'])
+def test_any_field_nested_to_the_end_of_the_stack(folder: Path, key: str, opened: str):
+    manifest = json.loads((folder / MANIFEST).read_text()) | {key: "HERE"}
+    deep = opened * 900 + "1" + {"[": "]"}.get(opened, "}") * 900
+    (folder / MANIFEST).write_text(json.dumps(manifest).replace('"HERE"', deep))
+    refused(folder, f"{key} is nested more than 32 deep")
+    (folder / MANIFEST).write_text(deep)
+    refused(folder, "nested more than 32 deep|nested too deeply")
 
 
 @pytest.mark.parametrize(
