@@ -206,13 +206,27 @@ def _shift(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         adopt(past, state.front, state.depth)
     positions = kwargs.get("position_ids")
     if positions is None:
-        positions = (torch.arange(given.shape[1], device=given.device) + seen)[None]
+        positions = _counted(kwargs.get("attention_mask"), given, seen)
     lengths = state.lengths(given.shape[0])
     shift = torch.tensor(lengths, device=positions.device)[:, None] if len(set(lengths)) > 1 else lengths[0]
     positions = positions + shift
     far = state.window is not None and int(positions.max()) >= state.window
     state.positions = positions if far else None
     return args, kwargs | {"position_ids": positions}
+
+
+def _counted(mask: Any, given: Tensor, seen: int | Tensor) -> Tensor:
+    """Positions (B or 1, T) of new tokens behind `seen` ones, where the caller gives none.
+
+    Padding has no place between the stack and a prompt: with a mask (B, seen + T) the tokens that count are counted,
+    as `generate` does. Masks of other ranks say nothing of padding.
+    """
+    places = torch.arange(given.shape[1], device=given.device) + seen
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return places[None]
+    counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    # By place, not from the end: the mask of a static cache may be as long as the cache.
+    return counted.index_select(1, places.to(mask.device).clamp(max=mask.shape[1] - 1))
 
 
 def _check_room(context: int | None, stack: int, before: int, new: int) -> None:
