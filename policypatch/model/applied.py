@@ -54,13 +54,13 @@ def apply(model: PreTrainedModel, *vectors: Tensor, bound: Bound | None = None) 
         changed = model.config._attn_implementation
         remove(model)
         model.config._attn_implementation, known = changed, None
-    if known is None:
-        _install(model)
     try:
+        if known is None:
+            _install(model)
         select(model, [list(vectors)])
         if known is None:
             _check(model, torch.cat([v.to(model.device) for v in vectors]))
-    except PolicyPatchError:
+    except BaseException:  # too little memory or Ctrl-C as well: half of it would count as applied and checked
         if known is None:
             remove(model)
         raise
@@ -119,9 +119,9 @@ def _install(model: PreTrainedModel) -> None:
     state = Applied(kind, window=sliding_window(model))
     for name in KINDS:
         register(PREFIX + name, attend, name)
-    model.config._attn_implementation = PREFIX + kind
     for module in model.modules():
         module.__dict__[STATE] = state  # neither parameter nor submodule, and in no state_dict
+    model.config._attn_implementation = PREFIX + kind
     decoder = decoder_of(model)
     state.hooks = (
         decoder.register_forward_pre_hook(_shift, with_kwargs=True),
@@ -249,13 +249,15 @@ def _check(model: PreTrainedModel, vectors: Tensor) -> None:
     tokens = torch.tensor([[5, 6, 7, 8]], device=model.device)
     kind = type(model).__name__
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _without_dropout(model):
             ours = model(input_ids=tokens).logits[0].float()
             state = state_of(model)
             assert state is not None
             embedded = torch.cat([vectors.to(model.dtype), model.get_input_embeddings()(tokens)[0]])[None]
             with state.standing([None]):
                 theirs = model(inputs_embeds=embedded).logits[0, len(vectors) :].float()
+    except torch.OutOfMemoryError:  # says nothing of the architecture
+        raise
     except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
         raise PolicyPatchError(
             f"{kind} is not supported: a patch cannot be put before its attention ({error})"

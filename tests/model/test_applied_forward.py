@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, StaticCache
 
-from policypatch.model.applied import apply, remove, using
+from policypatch.errors import PolicyPatchError
+from policypatch.model.applied import STATE, apply, remove, state_of, using
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5], [40, 41]]
 MORE = [[11, 12], [13, 14], [15, 16]]
@@ -79,3 +80,46 @@ def test_a_mask_of_four_dimensions_says_nothing_of_padding(model, make_patch_for
     apply(model, make_patch_for(model, 3))
     causal = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
     assert_close(model(ids, attention_mask=causal).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt(), RuntimeError("a kernel")])
+@pytest.mark.parametrize("part", ["_computed", "_check", "_stamp", "decoder_of"])
+def test_whatever_ends_the_first_call_leaves_nothing_behind(model, make_patch_for, monkeypatch, part: str, error):
+    def fails(*_):
+        raise error
+
+    vectors, ids = make_patch_for(model, 3), torch.tensor([PROMPTS[0]])
+    before = model(ids).logits
+    with monkeypatch.context() as patched:
+        patched.setattr(f"policypatch.model.applied.{part}", fails)
+        with pytest.raises((type(error), PolicyPatchError)):
+            apply(model, vectors)
+    assert state_of(model) is None and model.config._attn_implementation == "sdpa"
+    assert not any(STATE in module.__dict__ for module in model.modules())
+    assert torch.equal(model(ids).logits, before)
+    checked = []
+    monkeypatch.setattr("policypatch.model.applied._check", lambda *given: checked.append(given))
+    apply(model, vectors)
+    assert len(checked) == 1
+
+
+def test_too_little_memory_is_not_taken_for_an_architecture_that_does_not_fit(model, make_patch_for, monkeypatch):
+    read = []
+
+    def fails(*given):
+        read.append(given)
+        if len(read) > 1:  # the stack was computed, and is compared with plain concatenation
+            raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("policypatch.model.applied._stamp", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        apply(model, make_patch_for(model, 3))
+
+
+def test_a_model_in_training_is_checked_without_dropout(make_patch_for):
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=64, embd_pdrop=0.5, resid_pdrop=0.5)
+    model = GPT2LMHeadModel(config).train()
+    model.transformer.h[0].eval()  # as a customer has set it
+    modes = [module.training for module in model.modules()]
+    apply(model, make_patch_for(model, 3))
+    assert [module.training for module in model.modules()] == modes
