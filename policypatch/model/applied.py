@@ -174,9 +174,12 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _stamp(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """A cache that the model has made itself is known from now on."""
+    """A cache that the model has made itself is known from now on, and stands behind the stack."""
     if (cache := getattr(output, "past_key_values", None)) is not None:
-        module.__dict__[STATE].stamp(cache)
+        state: Applied = module.__dict__[STATE]
+        state.stamp(cache)
+        if state.longest:
+            adopt(cache, state.front, state.depth)
 
 
 def _shift(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from policypatch.errors import PolicyPatchError
+
 ROOM = 64  # columns kept free at least, when a buffer is made
 Front = tuple[Tensor, Tensor, Tensor | None]  # keys and values (B, heads, L, d), and (B, L) which of them a row has
 Fronts = Callable[[int, int], Front | None]  # of a layer and a batch
@@ -28,26 +30,36 @@ class BehindLayer(DynamicLayer):
     Args:
         fronts: what stands before; None where nothing does, and the same object while it is the same.
         number: of the layer.
-        old: the layer that it takes the place of.
+        old: the layer that it takes the place of, whose tokens were read behind the same.
     """
 
     def __init__(self, fronts: Fronts, number: int, old: DynamicLayer | None = None):
         super().__init__()
         self.fronts, self._number = fronts, number
         self._front: Front | None = None
+        self._filled_behind = False  # a stack stood in front when the last tokens came
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._shown: tuple[Tensor, Tensor] | None = None  # the slices of the buffers that keys and values were last
         self._slots: list[tuple[Tensor, ...]] | None = None  # the buffers' columns from `_first` on, one by one
         self._first = 0
         if old is not None and old.is_initialized:
             self.keys, self.values = old.keys, old.values
-            self.dtype, self.device, self.is_initialized = old.dtype, old.device, True
+            self.dtype, self.device, self.is_initialized, self._filled_behind = old.dtype, old.device, True, True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Add new tokens' keys and values (B, heads, T, d); all tokens'."""
+        """Add new tokens' keys and values (B, heads, T, d); all tokens'.
+
+        Raises:
+            PolicyPatchError: the stack was removed from the model since, and there are tokens that were read behind it.
+        """
         front = self.fronts(self._number, key_states.shape[0])
+        if front is None and self._filled_behind and self.get_seq_length():
+            raise PolicyPatchError(
+                "past_key_values was filled behind a stack of patches that was removed since: start a new cache"
+            )
+        self._filled_behind = front is not None
         learns = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if front is None or learns:
             self._front = self._buffers = self._shown = self._slots = None

@@ -123,3 +123,20 @@ def test_a_model_in_training_is_checked_without_dropout(make_patch_for):
     modes = [module.training for module in model.modules()]
     apply(model, make_patch_for(model, 3))
     assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_a_cache_that_was_filled_behind_a_stack_does_not_go_on_without(model, make_patch_for, learning: bool):
+    ids = torch.tensor([PROMPTS[0]])
+    plain = model(ids).logits
+    apply(model, make_patch_for(model, 3))
+    given = DynamicCache()
+    with torch.set_grad_enabled(learning):
+        model(ids, past_key_values=given)
+        made = model(ids).past_key_values  # by the model itself
+    remove(model)
+    for cache in (given, made):
+        with pytest.raises(PolicyPatchError, match="start a new cache"):
+            model(ids, past_key_values=cache)
+        cache.reset()
+        assert torch.equal(model(ids, past_key_values=cache).logits, plain)

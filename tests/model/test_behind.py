@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from policypatch.errors import PolicyPatchError
 from policypatch.model.behind import BehindLayer, adopt, whole_of
 
 HEADS, WIDTH = 2, 4
@@ -43,12 +44,17 @@ class Front:
 @given(steps=STEPS, length=st.integers(0, 5))
 def test_whatever_is_done_to_it(steps: list, length: int):
     front = Front(length)
-    ours, theirs = BehindLayer(front, 0), DynamicLayer()
+    ours, theirs, behind = BehindLayer(front, 0), DynamicLayer(), False
     for what, how in [("update", 2), *steps, ("update", 1)]:
         if what == "update":
             new = [torch.randn(3, HEADS, how, WIDTH) for _ in range(2)]
+            if behind and front.front is None:
+                with pytest.raises(PolicyPatchError, match="removed since: start a new cache"):
+                    ours.update(*new)
+                front.become(3)
             keys, values = ours.update(*new)
             theirs.update(*new)
+            behind = front.front is not None
             whole = whole_of(keys, values)
             assert (whole is None) == (front.front is None)
             if whole is not None:
@@ -60,7 +66,7 @@ def test_whatever_is_done_to_it(steps: list, length: int):
             for layer in (ours, theirs):
                 layer.reorder_cache(torch.tensor(how))
         elif what == "copy":
-            ours = BehindLayer(front, 0, copy.deepcopy(ours))
+            ours, behind = BehindLayer(front, 0, copy.deepcopy(ours)), True
         elif what == "replace":
             ours.keys = ours.keys.clone()
         elif what == "front":
