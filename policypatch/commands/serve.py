@@ -37,7 +37,10 @@ def serve(
     rows: Annotated[int, typer.Option(help="requests answered at once", min=1, max=1024)] = 16,
     waiting: Annotated[int, typer.Option(help="requests that may wait before others get 429", min=1)] = 64,
     context: Annotated[int, typer.Option(help="tokens a request may take, where the base has as many", min=2)] = 2048,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto, float32, bfloat16 or float16; in float32 an answer does not depend on the others"),
+    ] = "auto",
     key: Annotated[Path | None, typer.Option(help="public key that must have signed each patch")] = None,
     allow_mismatch: Annotated[list[str] | None, typer.Option(help="digest of the base that may differ")] = None,
 ) -> None:
