@@ -61,8 +61,9 @@ def export(
             from policypatch.patch.peft_layout import save_peft
 
             signed = _signature(patches[0])
-            save_peft(loaded[0], out)
-            if signed:  # of the manifest, which goes along as it is
+            # As it is, also where another program laid it out: a signature covers its bytes.
+            save_peft(loaded[0], out, read_limited(patches[0] / artifact.MANIFEST, artifact.MANIFEST_LIMIT))
+            if signed:
                 write_text(out / signature.SIGNATURE, signed)
         else:
             from policypatch.model.load import choose_dtype
@@ -145,6 +146,7 @@ def import_(
 
     refuse_existing(out)
     vectors, base_name, manifest = load_peft(folder)
+    written = None if manifest is None else read_limited(folder / artifact.MANIFEST, artifact.MANIFEST_LIMIT)
     signed = _signature(folder)
     if manifest is not None and model is not None:
         artifact.check_base(manifest, base_of(model).identity, (), str(folder))
@@ -169,7 +171,7 @@ def import_(
         )
     told: dict[str, Any] = {"name": name, "version": version, "risks": risk}
     told = {key: value for key, value in told.items() if value is not None}
-    artifact.save(artifact.Patch(vectors, replace(manifest, **told)), out)
+    artifact.save(artifact.Patch(vectors, replace(manifest, **told)), out, None if told else written)
     if signed and not told:
         write_text(out / signature.SIGNATURE, signed)
     console.print(f"{out}: {manifest.name} {manifest.version}, {manifest.length} vectors", markup=False)

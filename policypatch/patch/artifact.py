@@ -19,7 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from policypatch.errors import PolicyPatchError
-from policypatch.files.atomic import atomic_folder, has_own, parse_json, read_limited, write_json, write_text
+from policypatch.files.atomic import (
+    atomic_folder,
+    atomic_path,
+    has_own,
+    parse_json,
+    read_limited,
+    write_json,
+    write_text,
+)
 from policypatch.patch import signature
 from policypatch.patch.card import model_card
 from policypatch.patch.manifest import BaseIdentity, Manifest
@@ -54,14 +62,29 @@ def digest(vectors: Tensor) -> str:
     return h.hexdigest()
 
 
-def save(patch: Patch, folder: Path) -> Path:
-    """Write the artifact, all of it or nothing."""
+def save(patch: Patch, folder: Path, written: bytes | None = None) -> Path:
+    """Write the artifact, all of it or nothing.
+
+    Args:
+        patch: the patch.
+        folder: what is written.
+        written: the manifest's bytes where it was read from a file, so that a signature of these goes on to fit.
+    """
     _check_vectors(patch.vectors, patch.manifest, str(folder))
     with atomic_folder(folder) as temporary:
         save_file({TENSOR: patch.vectors.detach().cpu().contiguous()}, temporary / VECTORS)
-        write_json(temporary / MANIFEST, patch.manifest.to_json())
+        write_manifest(temporary / MANIFEST, patch.manifest, written)
         write_text(temporary / CARD, model_card(patch.manifest))
     return folder
+
+
+def write_manifest(path: Path, manifest: Manifest, written: bytes | None = None) -> None:
+    """The manifest as a file; the bytes that it was read from where they are given."""
+    if written is None:
+        write_json(path, manifest.to_json())
+    else:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(written)
 
 
 def load(

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from policypatch.errors import PolicyPatchError
 from policypatch.files.atomic import atomic_folder, has_own, parse_json, read_limited, write_json
-from policypatch.patch.artifact import BYTES, MANIFEST, MANIFEST_LIMIT, TENSOR, Patch, check_header
+from policypatch.patch.artifact import BYTES, MANIFEST, MANIFEST_LIMIT, TENSOR, Patch, check_header, write_manifest
 from policypatch.patch.manifest import Manifest
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def save_peft(patch: Patch, folder: Path) -> Path:
+def save_peft(patch: Patch, folder: Path, written: bytes | None = None) -> Path:
     """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
 
-    PEFT takes the figures of the architecture that are null here from the base.
+    PEFT takes the figures of the architecture that are null here from the base. The manifest beside them is `written`,
+    the bytes that it was read from, where these are given.
     """
     config = {
         "peft_type": "PROMPT_TUNING",
@@ -44,7 +45,7 @@ def save_peft(patch: Patch, folder: Path) -> Path:
     with atomic_folder(folder) as temporary:
         save_file({TENSOR: patch.vectors.detach().cpu().contiguous()}, temporary / ADAPTER)
         write_json(temporary / CONFIG, config)
-        write_json(temporary / MANIFEST, patch.manifest.to_json())
+        write_manifest(temporary / MANIFEST, patch.manifest, written)
     return folder
 
 

@@ -1,5 +1,6 @@
 """`policypatch export | import | serve` as they are typed."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from policypatch.cli import app
 from policypatch.model.base import Base
-from policypatch.patch.artifact import load, save
+from policypatch.patch.artifact import MANIFEST, load, save
 from policypatch.patch.prompt_embeds import CLIENT
 
 
@@ -38,6 +39,17 @@ def test_a_signature_goes_there_and_back(folders, tmp_path: Path):
     for name, arguments, signed in (("same", (), 0), ("renamed", ("--name", "other"), 2)):
         assert call("import", tmp_path / "peft", "--out", tmp_path / name, *arguments).exit_code == 0
         assert call("verify", tmp_path / name, "--key", tmp_path / "key.pub").exit_code == signed
+
+
+@pytest.mark.parametrize("layout", [{"indent": 7}, {"separators": (",", ":")}, {"sort_keys": True}], ids=str)
+def test_a_signed_manifest_goes_there_and_back_byte_for_byte(folders, tmp_path: Path, layout: dict):
+    manifest = folders[0] / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()), **layout))
+    call("keygen", tmp_path / "key"), call("sign", folders[0], "--key", tmp_path / "key")
+    assert call("export", folders[0], "--to", "peft", "--out", tmp_path / "peft").exit_code == 0
+    assert call("import", tmp_path / "peft", "--out", tmp_path / "back").exit_code == 0
+    assert (tmp_path / "back" / MANIFEST).read_bytes() == manifest.read_bytes()
+    assert call("verify", tmp_path / "back", "--key", tmp_path / "key.pub").exit_code == 0
 
 
 def test_a_signature_that_lies_elsewhere_is_not_read(folders, tmp_path: Path):
