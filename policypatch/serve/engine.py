@@ -97,6 +97,7 @@ class Engine:
         self._wake = threading.Condition()
         self.stopping = False  # no more requests are taken
         self._abandoned = False
+        self._failed = False  # nothing is answered any more
         self._thread: threading.Thread | None = None
 
     def check(self, prompt: Sequence[int], stack: Sequence[str], most: int | None) -> int:
@@ -147,7 +148,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether requests are answered, or will be once it is started."""
-        return self._thread is None or self._thread.is_alive()
+        return not self._failed and (self._thread is None or self._thread.is_alive())
 
     def start(self) -> None:
         """Answer requests in a thread, until `stop`."""
@@ -180,7 +181,11 @@ class Engine:
                         self._end(len(self.running) - 1, "error")
                 except Exception:  # a device that failed fails in clearing up as well: nobody is to wait for it
                     log.exception("nor could their slots be given back: the server answers no more")
-                    for job in [*(row.job for row in self.running), *self.queue]:
+                    with self._wake:  # whoever comes from now on is refused: the thread still lives, and tells no more
+                        self._failed = True
+                        left = [*(row.job for row in self.running), *self.queue]
+                        self.queue.clear()
+                    for job in left:
                         self._tell(job, "", "error")
                     return
 

@@ -229,6 +229,30 @@ def test_who_waits_is_told_when_a_device_fails_for_good(engine: Engine, monkeypa
         engine.submit(job())
 
 
+def test_who_comes_while_the_thread_dies_is_refused(engine: Engine, monkeypatch):
+    """The queue's last look is over, and the thread is alive still."""
+
+    def fails(*_):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(engine.slots, "step", fails)
+    monkeypatch.setattr(engine.slots, "leave", fails)
+    first, late, refused = job(1), job(2), []
+
+    def told(text: str, why: str | None) -> None:
+        if why is not None:
+            assert engine._thread.is_alive() and not engine.alive
+            with pytest.raises(BusyError, match="has failed") as caught:
+                engine.submit(late)
+            refused.append(caught)
+
+    first.tell = told
+    engine.submit(first)
+    engine.start()
+    engine._thread.join(60)
+    assert refused and not engine.queue
+
+
 def test_stacks_that_are_kept_take_bounded_room(engine: Engine):
     engine.roots.room = 10
     for stack in (*STACKS, *STACKS):
