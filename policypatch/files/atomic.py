@@ -163,8 +163,9 @@ def has_own(folder: Path, name: str) -> bool:
         real, inside = path.resolve(), folder.resolve()
     except RuntimeError as error:  # of Python before 3.13
         raise PolicyPatchError(f"{path} is a link that leads to itself") from error
-    blobs = inside.parent.parent / "blobs"
-    if not real.is_relative_to(inside) and real.parent != blobs:
+    blobs = inside.parent.parent / "blobs"  # models--OWNER--NAME/snapshots/REVISION/FILE -> ../../blobs/DIGEST
+    of_hub = inside.parent.name == "snapshots" and real.parent == blobs
+    if not real.is_relative_to(inside) and not of_hub:
         raise PolicyPatchError(f"{path} is a link that leads out of its folder: put the file itself there")
     if not real.is_file():
         raise PolicyPatchError(f"{path} is no file")

@@ -221,6 +221,16 @@ def test_a_manifest_that_would_take_long_or_speak_to_a_terminal(folder: Path, ch
     assert time.process_time() - start < 5
 
 
+def test_a_link_into_blobs_is_followed_in_a_hub_cache_alone(folder: Path, tmp_path: Path):
+    """Wherever a patch is unpacked, two folders above it may hold something called blobs."""
+    place, blobs = tmp_path / "downloads" / "vendor" / "patch", tmp_path / "downloads" / "blobs"
+    place.parent.mkdir(parents=True), blobs.mkdir()
+    folder.rename(place)
+    (place / MANIFEST).rename(blobs / MANIFEST)
+    (place / MANIFEST).symlink_to(Path("../../blobs") / MANIFEST)
+    refused(place, "leads out of its folder")
+
+
 def below(keys: list[str], inner: object) -> object:
     for key in reversed(keys):
         inner = {key: inner}
