@@ -63,6 +63,9 @@ class Bound:
 class Applied:
     """What stands before a model's input now.
 
+    Positions and masks are of the one forward that is under way. They are no thread's own, as layers that are computed
+    again for gradients may be so in another thread: with a sliding window, one forward at a time.
+
     Attributes:
         kind: the attention implementation that the model had.
         rows: one stack for all rows of a batch, or one for each; None is the plain base.
