@@ -35,7 +35,8 @@ def embedded(base: str, request: str) -> str:
     """The patch and a chat of one request: (L + T, D), as the server takes it."""
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     chat = [{{"role": "user", "content": request}}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    options = {{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}}  # of transformers 4 and 5
+    ids = tokenizer.apply_chat_template(chat, **options)["input_ids"]
     written = base64.b64decode(Path(__file__).with_name("{embeds}").read_text())
     patch = torch.load(io.BytesIO(written), weights_only=True)
     with torch.no_grad():
