@@ -15,6 +15,7 @@ from policypatch.errors import PolicyPatchError
 
 console = Console(soft_wrap=True, highlight=False)
 KEY_LENGTH = 16  # characters that a key must have at least
+SPARE = 1000  # connections beside those that are answered or wait, before a request on one gets 503
 
 
 def register(add: Register) -> None:
@@ -74,7 +75,14 @@ def serve(
     app = create_app(served, ["*"] if anyone else [*LOOPBACK, own, *(name or ())])
     console.print(f"models: {', '.join(served.models())}", markup=False)
     uvicorn.run(
-        app, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=10, server_header=False
+        app,
+        host=host,
+        port=port,
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=10,
+        server_header=False,
+        limit_concurrency=rows + waiting + SPARE,  # each may bring a body, which takes memory before it is refused
     )
 
 

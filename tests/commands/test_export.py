@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from policypatch.cli import app
+from policypatch.commands.serve import SPARE
 from policypatch.model.base import Base
 from policypatch.patch.artifact import MANIFEST, load, save
 from policypatch.patch.prompt_embeds import CLIENT
@@ -133,6 +134,14 @@ def test_a_server_that_must_not_start(folders, tmp_path: Path, arguments: tuple[
     places = {"FILE": tmp_path / "key", "TOX": folders[0]}
     result = call("serve", "--model", "none", *(places.get(a, a) for a in arguments))
     assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_server_takes_so_many_connections_and_no_more(tiny_base_folder: Path, monkeypatch):
+    started = []
+    monkeypatch.setattr("uvicorn.run", lambda app, **options: started.append(options))
+    result = call("serve", "--model", tiny_base_folder, "--rows", 2, "--waiting", 3)
+    assert result.exit_code == 0 and "models: base" in result.stdout
+    assert started[0]["limit_concurrency"] == 2 + 3 + SPARE
 
 
 def test_a_server_refuses_a_patch_of_another_base(tiny_base: Base, tiny_base_folder: Path, tmp_path: Path):

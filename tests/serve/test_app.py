@@ -212,3 +212,8 @@ def test_a_value_that_is_no_text_is_refused_all_the_same(client: TestClient):
 def test_a_failed_engine_is_not_healthy(client: TestClient, engine: Engine, monkeypatch):
     monkeypatch.setattr(type(engine), "alive", False)
     assert client.get("/health").status_code == 503 and client.get("/health").json()["status"] == "failed"
+
+
+def test_several_prompts_in_one_request_are_refused(client: TestClient):
+    assert client.post(path(TEXT), json=TEXT | {"prompt": ["one"]}).status_code == 200
+    assert client.post(path(TEXT), json=TEXT | {"prompt": ["one", "two"]}).status_code == 400
