@@ -19,6 +19,20 @@ from policypatch.model.parts import context_of
 from policypatch.patch.manifest import BaseIdentity
 
 SAMPLED = 4096  # values of each weight tensor that go into the weights digest
+# Settings of a config that say where it came from, what it is loaded as, pads with or returns.
+PASSING = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "quantization_config",
+    "pad_token_id",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+)
 
 
 @dataclass(frozen=True)
@@ -159,19 +173,26 @@ def _bf16_bytes(values: Tensor) -> bytes:
 
 
 def _architecture(model: PreTrainedModel) -> dict[str, Any]:
-    """The settings that shape the computation; not where it came from, what it is loaded as, pads with or returns."""
-    config = model.config.to_dict()
-    passing = (
-        "_name_or_path",
-        "transformers_version",
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "quantization_config",
-        "pad_token_id",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-    )
-    return {k: v for k, v in config.items() if k not in passing and not k.startswith("_")}
+    """The settings that shape the computation, as far as they are not their class's own defaults.
+
+    A release of transformers that adds one, at a default, so leaves every base what it was.
+    """
+    try:
+        usual = type(model.config)().to_dict()
+    except Exception:  # a class of someone's own that has no defaults: whatever it says counts
+        usual = {}
+    return _unusual(model.config.to_dict(), usual) | {"model_type": model.config.model_type}
+
+
+def _unusual(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """What settings say beyond the defaults, settings within settings alike."""
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        if key in PASSING or str(key).startswith("_") or (key in usual and value == usual[key]):
+            continue
+        if isinstance(value, dict) and isinstance(usual.get(key), dict):
+            value = _unusual(value, usual[key])
+            if not value:
+                continue
+        found[key] = value
+    return found

@@ -29,7 +29,7 @@ class BaseIdentity:
         embedding: digest of the input embedding matrix, rounded to bfloat16 so that it is the same whether loaded in
             bfloat16 or float32 (float16 rounds otherwise and is another base).
         weights: digest over a sample of every weight tensor, rounded likewise; tells fine-tunes apart.
-        config: digest of the architecture's settings.
+        config: digest of the architecture's settings that are not its class's defaults.
         tokenizer: digest of the vocabulary and its rules.
         chat_template: digest of the chat template, of the empty string where there is none.
         context: positions that the base has, None where it sets no limit or that is not known.
