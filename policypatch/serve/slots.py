@@ -7,9 +7,11 @@ forward sees them as a slice and nothing is copied; each row's mask and position
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -47,7 +49,8 @@ class Slots:
     What a row has not read is masked, yet a NaN there would get through (0 x NaN): room begins as zeros and is left so.
 
     Memory: rows x context x layers x key-value heads x head width x 2 numbers; 46 kB a position for the default base in
-    float32. The operating system hands it out as it is first written to.
+    float32. On a CPU the operating system hands it out page by page as it is first written to: a row takes what the
+    longest request took that ever stood in it. On a GPU all of it is taken at once.
     """
 
     def __init__(self, model: PreTrainedModel, rows: int, context: int):
@@ -62,9 +65,7 @@ class Slots:
         shape = (rows, like.shape[1], self.context, like.shape[3])
         if like.device.type != "cpu":
             return like.new_zeros(shape)
-        # numpy asks the system for pages of zeros, which cost nothing until they are written to; torch writes them.
-        plain = np.zeros(math.prod(shape) * like.element_size(), dtype=np.uint8)
-        return torch.from_numpy(plain).view(like.dtype).view(shape)
+        return _zeros_unwritten(math.prod(shape) * like.element_size()).view(like.dtype).view(shape)
 
     @torch.inference_mode()
     def enter(self, prefix: DynamicCache | None, tokens: Sequence[int]) -> Tensor:
@@ -136,6 +137,19 @@ class Slots:
         for slot in range(first, last):
             self.lengths[slot] += new
         return finish_logits(model, model.get_output_embeddings()(states)).float()
+
+
+def _zeros_unwritten(size: int) -> Tensor:
+    """Zeros, uint8 (size,), in pages from the system that take no memory until they are written to.
+
+    torch.zeros writes them. numpy's zeros ask for huge pages, one of which (2 MB) holds a whole row of a layer's keys:
+    with the first tokens of a request they take the memory of a whole context.
+    """
+    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        with suppress(OSError):  # a kernel that has no huge pages does not know the advice
+            room.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(room, dtype=torch.uint8)
 
 
 @torch.inference_mode()

@@ -1,5 +1,8 @@
 """Slots hold sequences of different lengths, behind different stacks; each goes on as it would alone."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -79,3 +82,22 @@ def test_a_row_of_nan_harms_no_other(slots: Slots, tiny_llama):
     slots.enter(None, PROMPTS[0]), slots.enter(None, PROMPTS[2])
     for logits, tokens in zip(slots.step([60, 61]), ([*PROMPTS[0], 60], [*PROMPTS[2], 61]), strict=True):
         torch.testing.assert_close(logits, plain_logits(tiny_llama, none, tokens, [0])[0], rtol=1e-4, atol=1e-4)
+
+
+def resident() -> float:
+    """MB of this process that are in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@torch.no_grad()
+def test_room_takes_memory_where_it_is_written_to(tiny_llama):
+    """Huge pages would take the whole of it with the first tokens: 192 MB."""
+    before = resident()
+    slots = Slots(tiny_llama, rows=16, context=16384)
+    assert sum(room.nbytes for room in (*slots._keys, *slots._values)) == 192 << 20
+    for _ in range(16):
+        slots.enter(None, PROMPTS[0])
+    slots.step([60] * 16)
+    assert resident() - before < 32
