@@ -80,8 +80,8 @@ class Prepared:
         own: probes of these risks.
         others: probes of the other risks and of utility.
         plan: how arms are asked.
-        marked_others: as `marked`, of the other risks, which patches that were made before may have been trained
-            against; empty for what is trained here.
+        marked_others: as `marked`, of the other risks, where patches that were made before may have been trained
+            against them.
     """
 
     base: Base
@@ -152,7 +152,7 @@ def prepare(cfg: DictConfig, vectors: int = 0) -> Prepared:
         check_prompts(cfg, base, part.risk, part.teacher, part.key, part.teacher_key)
     keys = {part.risk.name: part.key for part in parts}
     check_readings(cfg, keys, [*own, *others], plan, base, scorer, max(vectors, method.length))
-    marked = [] if trained else marked_of_others(cfg)
+    marked = marked_of_others(cfg) if method.made_before or method.parents else []
     return Prepared(base, scorer, parts, method, own, others, plan, marked)
 
 

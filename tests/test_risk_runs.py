@@ -198,7 +198,7 @@ def test_a_policy_of_ones_own_is_a_file_and_a_pattern(tiny_base_folder: Path, tm
     assert artifact.load(tmp_path / "run" / "patch").manifest.risks == ["vowels"]
 
 
-@pytest.mark.parametrize("risk", ["toxicity", "harmfulness", "custom"])
+@pytest.mark.parametrize("risk", ["toxicity", "gender_bias", "harmfulness", "custom"])
 def test_every_patch_is_measured_on_all_other_risks_and_utility(risk: str, go, tmp_path: Path):
     card = go(risk, others="all")
     others = {"toxicity", "gender_bias", "harmfulness", "utility"} - {risk}

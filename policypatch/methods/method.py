@@ -23,6 +23,8 @@ class Method:
     """
 
     length = 0
+    made_before = False
+    """Whether it stands patches before the base that were trained by other runs, maybe against other risks."""
 
     def __init__(self, name: str):
         self.name = name

@@ -34,6 +34,8 @@ class StackMethod(Untrained):
         PolicyPatchError: no folder is given, one does not load, or they are not of one base.
     """
 
+    made_before = True
+
     def __init__(self, patches: Sequence[str], name: str = "stack"):
         super().__init__(name)
         if not patches or isinstance(patches, str):
@@ -67,6 +69,8 @@ class StacksMethod(Untrained):
     Raises:
         PolicyPatchError: no patch, one that does not load, another `which`, or patches of several bases.
     """
+
+    made_before = True
 
     def __init__(
         self,
