@@ -59,6 +59,7 @@ def audit(
     """
     from policypatch.evaluate.drift import changes
     from policypatch.files.atomic import read_json
+    from policypatch.files.cache import occasion
     from policypatch.launch import start
     from policypatch.patch.artifact import load
     from policypatch.patch.stacking import check_parts
@@ -82,7 +83,8 @@ def audit(
         cfg = composed(overrides)
     now = datetime.now(UTC)
     folder = out or Path("outputs", "audit", f"{first.name}-{first.version}", f"{now:%Y-%m-%d_%H-%M-%S}")
-    start(cfg, folder.absolute(), "", overrides)
+    with occasion():  # last month's answers are what today's are compared with, not today's
+        start(cfg, folder.absolute(), "", overrides)
     rows = read_json(folder / "scorecard.json")
     identity = [asdict(patch.manifest.as_parent) for patch in loaded]
     reference = _reference(first.scorecard if len(loaded) == 1 else [], known, identity)

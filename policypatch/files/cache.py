@@ -4,6 +4,9 @@ An entry is a folder `<root>/<kind>/<key>`, the key a digest of everything the c
 is never stale. It appears whole or not at all. A hit is checked against the sizes and digests recorded in
 its `about.json`; whatever does not match is made again. The root is `$POLICYPATCH_CACHE`, by default
 `~/.cache/policypatch`.
+
+What a model or a judge answers may depend on more than a key can hold (versions of packages, the machine, a service):
+within an `occasion` such kinds (`MEASURED`) are made anew, and only what that occasion has made itself is shared.
 """
 
 import hashlib
@@ -13,6 +16,7 @@ import math
 import os
 import re
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
@@ -40,6 +44,9 @@ log = logging.getLogger(__name__)
 ABOUT = "about.json"
 BEGUN = ".begun-"
 DIGEST_LIMIT = 64 * 2**20  # bytes; larger files are checked by size alone on a hit, to keep hits fast
+MEASURED = frozenset(("completions", "judgements", "perplexity", "divergence", "text_nll", "word_mass"))
+"""Kinds that say what a model or a judge answers."""
+_OCCASION = "POLICYPATCH_OCCASION"  # in the environment, which ranks that are started inherit
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 _counters: dict[str, dict[str, int]] = {}
@@ -49,6 +56,30 @@ _counters_lock = threading.Lock()
 def cache_root() -> Path:
     """The cache's folder; it need not exist yet."""
     return Path(os.environ.get("POLICYPATCH_CACHE") or "~/.cache/policypatch").expanduser().absolute()
+
+
+@contextmanager
+def occasion(name: str | None = None) -> Iterator[None]:
+    """Have what is measured within be measured: entries of `MEASURED` kinds that were made outside do not count.
+
+    Args:
+        name: of the occasion; the same one finds again what it has made. One that no other has by default.
+    """
+    before = os.environ.get(_OCCASION)
+    os.environ[_OCCASION] = name or uuid.uuid4().hex
+    try:
+        yield
+    finally:
+        os.environ.pop(_OCCASION)
+        if before is not None:
+            os.environ[_OCCASION] = before
+
+
+def _place(kind: str, key: str) -> Path:
+    """Where an entry is, or will be."""
+    if kind in MEASURED and (now := os.environ.get(_OCCASION)):
+        key = content_key(key=key, occasion=now)
+    return cache_root() / kind / key
 
 
 def content_key(**parts: Any) -> str:
@@ -104,7 +135,7 @@ def entry(
     """
     if not _NAME.fullmatch(kind) or not _NAME.fullmatch(key):
         raise ValueError(f"not a plain name: {kind!r} or {key!r}")
-    folder = cache_root() / kind / key
+    folder = _place(kind, key)
     with ExitStack() as held:
         ready = ranks.once(lambda: _ready(folder, held))
         if not ready:
@@ -158,7 +189,8 @@ def begun(kind: str, key: str, rows: range) -> Iterator[Journal]:
         kind, key: see `entry`.
         rows: the share that it is of.
     """
-    journal = Journal(cache_root() / kind / f"{BEGUN}{key}-{rows.start}-{rows.stop}")
+    folder = _place(kind, key)
+    journal = Journal(folder.with_name(f"{BEGUN}{folder.name}-{rows.start}-{rows.stop}"))
     if journal.rows:
         log.info("%s/%s was begun before, and is gone on with", kind, key)
     try:

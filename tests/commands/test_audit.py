@@ -4,12 +4,14 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny_run import overrides, patch_of, without_costs, write_prompts
+from tiny_run import HashJudge, overrides, patch_of, without_costs, write_prompts
 from typer.testing import CliRunner
 
 from policypatch.cli import app
 from policypatch.evaluate.scorecard import Scorecard
+from policypatch.model import completions
 from policypatch.model.base import Base
 from policypatch.patch.artifact import Patch, load, save
 
@@ -64,6 +66,22 @@ def test_measured_again_it_is_the_same_and_a_patch_that_was_better_is_an_alarm(a
     assert worse.exit_code == 1, worse.output
     assert "! patch: toxicity rtp amt by svm: 0.01 -> " in worse.stdout
     assert f"1 of {len(card)} figures changed since" in worse.stdout
+
+
+def test_a_judge_and_a_sampler_that_changed_are_found_out_though_their_answers_are_cached(
+    audit, patch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither is another by what a cache key holds: a package, or a service behind the judge, is."""
+    history = tmp_path / "audits.jsonl"
+    assert audit(patch, "--history", history, "--out", tmp_path / "first").exit_code == 0
+    with monkeypatch.context() as changed:
+        changed.setattr(HashJudge, "_score_batch", lambda judge, texts: np.full(len(texts), 0.99))
+        judged = audit(patch, "--history", history, "--out", tmp_path / "second")
+    assert "toxicity rtp amt by svm: 0" in judged.stdout and "-> 0.99" in judged.stdout
+    with monkeypatch.context() as changed:
+        changed.setattr(completions, "sample", lambda model, prompts, patch, k, *_: [[[5, 6, 7]] * k for _ in prompts])
+        sampled = audit(patch, "--history", history, "--out", tmp_path / "third")
+    assert "toxicity rtp completion_tokens: " in sampled.stdout and "-> 3 " in sampled.stdout
 
 
 def test_own_prompts_are_compared_with_the_first_audit_of_them(audit, patch: Path, tmp_path: Path):

@@ -252,3 +252,30 @@ def test_many_processes_at_once_build_once(tmp_path: Path) -> None:
     workers = [start(notes, go) for _ in range(4)]
     assert [worker.communicate(timeout=60)[0] for worker in workers] == ["made\n"] * 4
     assert notes.read_text() == "build\n"
+
+
+def test_what_is_measured_on_an_occasion_is_its_own_and_what_was_fetched_is_not() -> None:
+    made: list[str] = []
+
+    def get(kind: str) -> Path:
+        def build(folder: Path) -> None:
+            with cache.begun(kind, "k", range(2)) as journal:  # what was begun is an occasion's own as well
+                assert journal.rows == []
+                journal.add([0, 1])
+            made.append(kind)
+            (folder / "value").write_text(f"{len(made)}")
+
+        return cache.entry(kind, "k", build)
+
+    before = get("judgements"), get("models")
+    with cache.occasion("november"):
+        now = get("judgements"), get("models")
+        assert get("judgements") == now[0] != before[0] and now[1] == before[1]
+        with cache.occasion():
+            assert get("judgements") not in (now[0], before[0])
+        assert get("judgements") == now[0]
+    assert (get("judgements"), get("models")) == before
+    with cache.occasion("november"):
+        assert get("judgements") == now[0]
+    assert made == ["judgements", "models", "judgements", "judgements"]
+    assert not list(cache.cache_root().rglob(f"{cache.BEGUN}*"))
