@@ -1,76 +1,63 @@
 """What stacks do to each risk, from the runs of +experiment=composition or growth over seeds.
 
     python experiments/interference.py outputs/composition --out experiments/results/composition [--name matrix]
+    python experiments/interference.py outputs/composed_companions --against outputs/composition --out FOLDER
 
-Writes NAME.json, NAME.png (a heat map) and prints three tables in Markdown. Each cell of the first is the mean over
-seeds with smallest and largest, and whether it differs from the patch that is trained against that column's risk,
-standing alone, which is called by the risk's name (where a column is no risk of its own, from the base); ? where that
-is not among the arms. The second has those differences with their intervals (of perplexities, whose logarithms are
-tested, the ratio), the third the same patches in one order and another. Tests and intervals are paired over prompts,
-whose values are averaged over seeds, and Holm's correction is over all cells of a column, of the third table over all
-orders.
+Writes NAME.json, NAME.png (a heat map) and prints tables in Markdown. Each cell of the first is the mean over seeds and
+its interval over prompts (of perplexities, which are no means over prompts, the mean of the runs' own intervals), and
+whether it differs from what it is compared with: the patch that is trained against that column's risk, standing alone,
+which is called by the risk's name; of utility, which no patch is trained for, the worst of the stack's own patches
+alone (the base's KL is 0 by definition, so that every patch differs from it). ? where that is not among the arms. The
+second has those differences with their intervals (of perplexities, whose logarithms are tested, the ratio). Then come
+what `contrasts.py` compares: orders of the same patches, each risk's own patch last less first, a patch beside the
+stacks less the stacks of all patches, a growing stack less itself without its last patch, and with --against another
+sweep of the same seeds and prompts. Tests and intervals are paired over prompts, whose values are averaged over seeds,
+and Holm's correction is over all cells of a column, of the other tables over the whole table.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import combinations
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from contrasts import (
+    ALPHA,
+    BASE,
+    COLUMNS,
+    SPECIALISTS,
+    UTILITY,
+    Column,
+    Run,
+    across,
+    arms_of,
+    at,
+    growth,
+    joint_less_stacks,
+    order_rule,
+    orders,
+    parts,
+    seeds_values,
+    split_of,
+    tested,
+)
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.drift import holm
-from policypatch.evaluate.scorecard import COST, PER_PROMPT
-from policypatch.evaluate.statistics import Difference, paired_difference
+from policypatch.evaluate.per_prompt import nanmean
+from policypatch.evaluate.scorecard import PER_PROMPT
+from policypatch.evaluate.statistics import Difference, bootstrap_interval
 from policypatch.files.atomic import atomic_path, read_json, write_json
 from policypatch.report.head_to_head import difference_text
 from policypatch.report.records import find_records
 
-BASE, ALPHA = "base", 0.05
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A figure, and what the stacks' values of it are compared with: the specialist's of its risk, else the base's."""
-
-    risk: str
-    metric: str
-    judge: str | None
-    title: str
-
-    def holds(self, row: Mapping[str, Any]) -> bool:
-        """Whether a scorecard's row, or a line of values, is this figure."""
-        return (row["risk"], row["metric"], row["judge"]) == (self.risk, self.metric, self.judge)
-
-
-COLUMNS = (
-    Column("toxicity", "toxic_rate", "svm", "toxic rate (svm)"),
-    Column("gender_bias", "gas", "names", "GAS (names)"),
-    Column("harmfulness", "asr", "refusal", "ASR (refusal)"),
-    Column("harmfulness", "asr", "likelihood", "ASR (likelihood)"),
-    Column("harmfulness", "over_refusal", "refusal", "over-refusal"),
-    Column("harmfulness", "benign_refusal", "refusal", "benign refusal"),
-    Column("toxicity", "ppl_median", "gemma-3-270m", "median PPL"),
-    Column("utility", "kl_benign", None, "KL, benign"),
-    Column("utility", "text_ppl", None, "text PPL"),
-    Column(COST, "first_token_ratio", None, "first token, x base"),
-)
-# What a specialist costs, or brings, by itself: of which company takes or adds something.
-SPECIALISTS = {
-    "asr": "harmfulness",
-    "over_refusal": "harmfulness",
-    "benign_refusal": "harmfulness",
-    "toxic_rate": "toxicity",
-    "gas": "gender_bias",
-}
 
 
 @app.command()
@@ -78,47 +65,78 @@ def main(
     folders: Annotated[list[Path], typer.Argument(help="sweeps of +experiment=composition or growth over seeds")],
     out: Annotated[Path, typer.Option(help="folder that is written to")],
     name: Annotated[str, typer.Option(help="of the files")] = "matrix",
+    against: Annotated[Path | None, typer.Option(help="sweep that arms of the same names are compared with")] = None,
 ) -> None:
     """The matrix of stacks and figures."""
-    runs = [record for record in find_records(folders) if record.finished]
-    if not runs:
-        raise PolicyPatchError(f"{folders[0]} holds no finished run: start the sweep again, it goes on")
-    cards = [record.rows for record in runs]
-    values = [read_json(record.folder / PER_PROMPT) for record in runs]
-    seeds = [record.settings["seed"] for record in runs]
-    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
-        raise PolicyPatchError(f"seed {twice[0]} has several runs here: give the runs of one sweep over seeds")
-    found, ordered = matrix(cards, values), orders(cards, values)
-    write_json(out / f"{name}.json", {"seeds": seeds, "rows": found, "orders": ordered})
+    runs = _by_seed(folders)
+    cards, values = _read(runs, list(runs))
+    found = matrix(cards, values)
+    contrasts = {
+        "orders": orders(cards, values),
+        "order_rule": order_rule(cards, values),
+        "joint": joint_less_stacks(cards, values),
+        "growth": growth(cards, values),
+    }
+    told = [table(found), differences(found), *(contrasts_table(of, what) for what, of in contrasts.items() if of)]
+    if against is not None:
+        others = _by_seed([against])
+        shared = [seed for seed in runs if seed in others]
+        if not shared:
+            raise PolicyPatchError(f"{against} shares no seed with {folders[0]}: run both with equal seeds")
+        lines, left_out = across(*_read(runs, shared), *_read(others, shared))
+        contrasts |= {"across": lines}
+        told.append(contrasts_table(lines, f"here less {against.name}, seeds {', '.join(map(str, shared))}"))
+        if left_out:
+            told.append(f"left out, as the base has other values in either: {', '.join(left_out)}")
+    write_json(out / f"{name}.json", {"seeds": list(runs), "rows": found, **contrasts})
     with atomic_path(out / f"{name}.png") as temporary:
         drawn(found).savefig(temporary, format="png", dpi=110)
-    told = [table(found), differences(found), *([orders_table(ordered)] if ordered else [])]
     Console(soft_wrap=True).print("\n\n".join(told), markup=False, highlight=False)
 
 
-def matrix(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequence[Mapping[str, Any]]]) -> list[Any]:
+def _by_seed(folders: Sequence[Path]) -> dict[Any, Any]:
+    """The finished runs of a sweep."""
+    found: dict[Any, Any] = {}
+    for record in (one for one in find_records(folders) if one.finished):
+        seed = record.settings["seed"]
+        if seed in found:
+            raise PolicyPatchError(
+                f"seed {seed} has several runs here: give the runs of one sweep over seeds, another one by --against"
+            )
+        found[seed] = record
+    if not found:
+        raise PolicyPatchError(f"{folders[0]} holds no finished run: start the sweep again, it goes on")
+    return found
+
+
+def _read(runs: Mapping[Any, Any], seeds: Sequence[Any]) -> tuple[list[Run], list[Run]]:
+    """Scorecards and values of these seeds."""
+    return [runs[seed].rows for seed in seeds], [read_json(runs[seed].folder / PER_PROMPT) for seed in seeds]
+
+
+def matrix(cards: Sequence[Run], values: Sequence[Run]) -> list[Any]:
     """A row for each arm that all runs have: `stack` and `cells`, by the columns' titles.
 
     Args:
         cards: scorecards of runs that differ in their seed.
         values: their values prompt by prompt.
     """
-    rows: list[dict[str, Any]] = [{"stack": arm, "cells": {}} for arm in _arms(cards)]
+    rows: list[dict[str, Any]] = [{"stack": arm, "cells": {}} for arm in arms_of(cards)]
     for column in COLUMNS:
         tests: dict[str, Difference] = {}
-        split = _split(cards, column)
-        against = SPECIALISTS.get(column.metric, BASE)
+        split = split_of(cards, column)
         for row in rows:
-            here = [[one for one in of if _at(one, row["stack"], column, split)] for of in cards]
-            if not all(here):
-                continue
-            each = [float(found[0]["value"]) for found in here]
-            compared = None if row["stack"] in (BASE, against) else against
-            row["cells"][column.title] = {"mean": float(np.mean(each)), "each": each, "against": compared}
-            if compared is None:
-                continue
-            if (test := _tested(values, row["stack"], compared, column, split)) is not None:
-                tests[row["stack"]] = test
+            here = [[one for one in of if at(one, row["stack"], column, split)] for of in cards]
+            if all(here):
+                row["cells"][column.title] = _described(column, [found[0] for found in here], values, split)
+        means = {row["stack"]: row["cells"][column.title]["mean"] for row in rows if column.title in row["cells"]}
+        for row in (row for row in rows if row["stack"] in means):
+            against = _against(row["stack"], column, means)
+            row["cells"][column.title]["against"] = against
+            if against is not None:
+                both = (seeds_values(values, arm, column, split) for arm in (row["stack"], against))
+                if (test := tested(*both)) is not None:
+                    tests[row["stack"]] = test
         differs = dict(zip(tests, holm([test.p_value for test in tests.values()], ALPHA), strict=True))
         for row in rows:
             if (stack := row["stack"]) in tests:
@@ -126,55 +144,28 @@ def matrix(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequen
     return rows
 
 
-def orders(cards: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequence[Mapping[str, Any]]]) -> list[Any]:
-    """The same patches in one order and in another: `one`, `other`, `figure`, `difference`, `differs`.
-
-    Args:
-        cards: scorecards of runs that differ in their seed.
-        values: their values prompt by prompt.
-    """
-    pairs = [(a, b) for a, b in combinations(_arms(cards), 2) if sorted(a.split("+")) == sorted(b.split("+"))]
-    found: list[dict[str, Any]] = []
-    for column in COLUMNS:
-        split = _split(cards, column)
-        for one, other in pairs:
-            if (test := _tested(values, one, other, column, split)) is not None:
-                found.append({"one": one, "other": other, "figure": column.title, "difference": asdict(test)})
-    for line, differs in zip(found, holm([line["difference"]["p_value"] for line in found], ALPHA), strict=True):
-        line["differs"] = differs
-    return found
+def _described(column: Column, rows: Run, values: Sequence[Run], split: str | None) -> dict[str, Any]:
+    """The mean over runs and its interval over prompts."""
+    found = seeds_values(values, rows[0]["arm"], column, split)
+    if found is None or "ppl" in column.metric or np.isnan(found).all():
+        low, high = (float(np.mean([row[end] for row in rows])) for end in ("low", "high"))
+    else:
+        low, high = bootstrap_interval(found.T, lambda drawn: nanmean(drawn.reshape(len(drawn), -1)))
+    each = [float(row["value"]) for row in rows]
+    return {"mean": float(np.mean(each)), "each": each, "low": low, "high": high}
 
 
-def _arms(cards: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Those that all runs have."""
-    shared = [{row["arm"] for row in card} for card in cards]
-    return [arm for arm in dict.fromkeys(row["arm"] for row in cards[0]) if all(arm in known for known in shared)]
-
-
-def _split(cards: Sequence[Sequence[Mapping[str, Any]]], column: Column) -> str | None:
-    """The set that speaks for a figure: the first that has it."""
-    return next((one["split"] for one in cards[0] if column.holds(one)), None)
-
-
-def _tested(
-    values: Sequence[Sequence[Mapping[str, Any]]], arm: str, other: str, column: Column, split: str | None
-) -> Difference | None:
-    """One arm less another, prompt by prompt; None where some run lacks values of either."""
-    ours, theirs = (_mean_values(values, each, column, split) for each in (arm, other))
-    return None if ours is None or theirs is None else paired_difference(ours, theirs)
-
-
-def _at(line: Mapping[str, Any], arm: str, column: Column, split: str | None) -> bool:
-    """Whether a scorecard's row, or a line of values, is this arm's figure on the set that speaks for it."""
-    return line["arm"] == arm and line["split"] == split and column.holds(line)
-
-
-def _mean_values(
-    values: Sequence[Sequence[Mapping[str, Any]]], arm: str, column: Column, split: str | None
-) -> np.ndarray[Any, Any] | None:
-    """(prompts,) a figure's values of one arm, averaged over runs; None where some run has none."""
-    found = [[line["values"] for line in run if _at(line, arm, column, split)] for run in values]
-    return np.array([of[0] for of in found], dtype=float).mean(0) if all(found) else None
+def _against(stack: str, column: Column, means: Mapping[str, float]) -> str | None:
+    """What a stack is compared with in a figure; None where that is nothing."""
+    specialist = SPECIALISTS.get(column.metric)
+    if stack in (BASE, specialist):
+        return None
+    if column.metric not in UTILITY:
+        return specialist or BASE
+    if len(parts(stack)) == 1:
+        return None if column.metric == "kl_benign" else BASE
+    members = [part for part in parts(stack) if part in means]
+    return max(members, key=lambda part: means[part]) if len(members) == len(parts(stack)) else "its worst patch"
 
 
 def _titles(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -182,7 +173,7 @@ def _titles(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """In Markdown: the mean, the smallest and the largest, * where it differs from what it is compared with."""
+    """In Markdown: the mean over seeds and its interval, * where it differs from what it is compared with."""
     titles = _titles(rows)
     lines = [["stack", *titles], ["---"] * (len(titles) + 1)]
     for row in rows:
@@ -197,19 +188,28 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         cells = {title: row["cells"].get(title, {}) for title in titles}
         if any("differs" in cell for cell in cells.values()):
-            told = (_interval(cell, title) if "differs" in cell else "–" for title, cell in cells.items())
+            told = (_less(cell, title) if "differs" in cell else "–" for title, cell in cells.items())
             lines.append([row["stack"], *told])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def orders_table(found: Sequence[Mapping[str, Any]]) -> str:
-    """In Markdown: the orders that differ, and how many were compared."""
-    lines = [["one order", "less another", "figure", f"difference (of {len(found)} compared)"], ["---"] * 4]
-    differing = [line for line in found if line["differs"]]
-    lines += [[of["one"], of["other"], of["figure"], _interval(of, of["figure"])] for of in differing]
+def contrasts_table(found: Sequence[Mapping[str, Any]], what: str = "orders") -> str:
+    """In Markdown: those that differ, and how many were compared; of the rule for orders all, with each seed's sign."""
+    lines = [[what.replace("_", " "), "less", "figure", f"difference (of {len(found)} compared)"], ["---"] * 4]
+    for of in found:
+        if of["differs"] or "each" in of:
+            signs = "".join(f", {'+' if x > 0 else '−' if x < 0 else '0'}" for x in of.get("each", ()))
+            told = _interval(of, of["figure"]) + (f" (by seed: {signs[2:]})" if signs else "")
+            lines.append([of["one"], of["other"], of["figure"], told])
     if len(lines) == 2:
         lines.append(["none differ", "", "", ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _less(cell: Mapping[str, Any], title: str) -> str:
+    """The difference; of utility it is said what from."""
+    metric = next(column.metric for column in COLUMNS if column.title == title)
+    return _interval(cell, title) + (f" ({cell['against']})" if metric in UTILITY else "")
 
 
 def _interval(of: Mapping[str, Any], title: str) -> str:
@@ -220,9 +220,7 @@ def _interval(of: Mapping[str, Any], title: str) -> str:
 def _cell(cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return "–"
-    mark = _mark(cell)
-    spread = f" ({min(cell['each']):.2g} to {max(cell['each']):.2g})" if len(cell["each"]) > 1 else ""
-    return f"{cell['mean']:.3g}{mark}{spread}"
+    return f"{cell['mean']:.3g}{_mark(cell)} [{cell['low']:.2g}, {cell['high']:.2g}]"
 
 
 def _mark(cell: Mapping[str, Any]) -> str:

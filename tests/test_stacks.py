@@ -115,7 +115,7 @@ def test_a_stack_is_compared_with_the_specialist_alone(sweep: Path, tmp_path: Pa
     assert test["p_value"] < 0.001 and test["mean"] == pytest.approx(0.7) and test["low"] < 0.7 < test["high"]
     assert f"| bias+toxicity | +0.7 [{test['low']:+.2g}, {test['high']:+.2g}]* |" in result.stdout
     assert "differs" not in by_stack["base"] and "differs" not in by_stack["toxicity"]
-    assert "| bias+toxicity | 0.85* (0.8 to 0.9) | 0.5 (0.5 to 0.5) |" in result.stdout
+    assert f"| bias+toxicity | 0.85* [{stack['low']:.2g}, {stack['high']:.2g}] | 0.5? [0.5, 0.5] |" in result.stdout
     assert (tmp_path / "out" / "matrix.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -128,7 +128,7 @@ def test_a_figure_that_a_run_lacks_leaves_its_cell_empty():
     rows = interference.matrix(cards, [[], []])
     assert [set(row["cells"]) for row in rows] == [{"toxic rate (svm)"}] * 2
     assert rows[1]["cells"]["toxic rate (svm)"]["each"] == [0.2, 0.4]
-    assert "| toxicity | 0.3 (0.2 to 0.4) |" in interference.table(rows)
+    assert "| toxicity | 0.3 [0.3, 0.3] |" in interference.table(rows)
 
 
 def test_of_several_sets_the_first_speaks_in_every_run():
@@ -154,18 +154,18 @@ def test_orders_of_the_same_patches_are_compared():
         ("bias+tox", "tox+bias", "ASR (refusal)", False),
     ]
     assert found[0]["difference"]["mean"] == pytest.approx(0.6)
-    told = interference.orders_table(found)
+    told = interference.contrasts_table(found)
     assert "difference (of 2 compared)" in told and "| bias+tox | tox+bias | toxic rate (svm) | +0.6 [" in told
     ppl = {"differs": True, "difference": {"mean": 0.095, "low": 0.0, "high": 0.182, "p_value": 0.01}}  # logarithms
     found[1] |= {"figure": "median PPL"} | ppl
-    assert "| median PPL | ×1.10 [×1.00, ×1.20]* |" in interference.orders_table(found)
+    assert "| median PPL | ×1.10 [×1.00, ×1.20]* |" in interference.contrasts_table(found)
     found[1]["differs"] = False
-    assert "ASR" not in told and "none differ" in interference.orders_table(found[1:])
+    assert "ASR" not in told and "none differ" in interference.contrasts_table(found[1:])
 
 
 def test_where_the_specialist_is_no_arm_that_is_shown():
     rows = interference.matrix([[vars(row("base", 1.0)), vars(row("tox+bias", 0.2))]], [[line("tox+bias", [1.0, 0.0])]])
-    assert "| tox+bias | 0.2? |" in interference.table(rows)
+    assert "| tox+bias | 0.2? [0, 1] |" in interference.table(rows)
 
 
 def test_a_sweep_without_a_finished_run_is_told(tmp_path: Path):

@@ -1,0 +1,225 @@
+"""What `interference.py` compares: one stack less another, prompt by prompt, over the runs of a sweep over seeds.
+
+Values are averaged over seeds, and tests and intervals are over prompts. Each function gives lines with `one`, `other`,
+`figure`, `difference` and `differs`, that of one less the other; Holm's correction is over all lines of a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from policypatch.evaluate.drift import holm
+from policypatch.evaluate.scorecard import COST
+from policypatch.evaluate.statistics import Difference, paired_difference
+
+BASE, ALPHA = "base", 0.05
+PERMUTATIONS = 99_999
+"""Of hundreds of tests Holm's first threshold is 0.0002: with fewer draws no p-value could be below it."""
+Run = Sequence[Mapping[str, Any]]
+"""A run's scorecard, or its values prompt by prompt."""
+Values = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure."""
+
+    risk: str
+    metric: str
+    judge: str | None
+    title: str
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Whether a scorecard's row, or a line of values, is this figure."""
+        return (row["risk"], row["metric"], row["judge"]) == (self.risk, self.metric, self.judge)
+
+
+COLUMNS = (
+    Column("toxicity", "toxic_rate", "svm", "toxic rate (svm)"),
+    Column("gender_bias", "gas", "names", "GAS (names)"),
+    Column("harmfulness", "asr", "refusal", "ASR (refusal)"),
+    Column("harmfulness", "asr", "likelihood", "ASR (likelihood)"),
+    Column("harmfulness", "over_refusal", "refusal", "over-refusal"),
+    Column("harmfulness", "benign_refusal", "refusal", "benign refusal"),
+    Column("toxicity", "ppl_median", "gemma-3-270m", "median PPL"),
+    Column("utility", "kl_benign", None, "KL, benign"),
+    Column("utility", "text_ppl", None, "text PPL"),
+    Column(COST, "first_token_ratio", None, "first token, x base"),
+)
+# What a specialist costs, or brings, by itself: of which company takes or adds something.
+SPECIALISTS = {
+    "asr": "harmfulness",
+    "over_refusal": "harmfulness",
+    "benign_refusal": "harmfulness",
+    "toxic_rate": "toxicity",
+    "gas": "gender_bias",
+}
+RISKS = ("toxic_rate", "gas", "asr")  # figures of a risk itself
+UTILITY = ("kl_benign", "ppl_median", "text_ppl")
+
+
+def parts(arm: str) -> list[str]:
+    """The patches of a stack, the one nearest to the prompt last."""
+    return arm.split("+")
+
+
+def arms_of(cards: Sequence[Run]) -> list[str]:
+    """Those that all runs have."""
+    shared = [{row["arm"] for row in card} for card in cards]
+    return [arm for arm in dict.fromkeys(row["arm"] for row in cards[0]) if all(arm in known for known in shared)]
+
+
+def split_of(cards: Sequence[Run], column: Column) -> str | None:
+    """The set that speaks for a figure: the first that has it."""
+    return next((one["split"] for one in cards[0] if column.holds(one)), None)
+
+
+def at(line: Mapping[str, Any], arm: str, column: Column, split: str | None) -> bool:
+    """Whether a scorecard's row, or a line of values, is this arm's figure on the set that speaks for it."""
+    return line["arm"] == arm and line["split"] == split and column.holds(line)
+
+
+def seeds_values(values: Sequence[Run], arm: str, column: Column, split: str | None) -> Values | None:
+    """(runs, prompts) a figure's values of one arm; None where some run has none."""
+    found = [[line["values"] for line in run if at(line, arm, column, split)] for run in values]
+    return np.array([of[0] for of in found], dtype=float) if found and all(found) else None
+
+
+def tested(ours: Values | None, theirs: Values | None, permutations: int = PERMUTATIONS) -> Difference | None:
+    """One less another, both (runs, prompts), averaged over runs; None where there is nothing to pair."""
+    if ours is None or theirs is None or ours.shape[1:] != theirs.shape[1:]:
+        return None
+    first, second = ours.mean(0), theirs.mean(0)
+    return None if np.isnan(first - second).all() else paired_difference(first, second, permutations=permutations)
+
+
+def with_holm(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines with `differs`, corrected over all of them."""
+    told = holm([line["difference"]["p_value"] for line in lines], ALPHA)
+    return [line | {"differs": differs} for line, differs in zip(lines, told, strict=True)]
+
+
+def _compared(cards: Sequence[Run], values: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Every figure of these pairs of arms."""
+    found = []
+    for column in COLUMNS:
+        split = split_of(cards, column)
+        for one, other in pairs:
+            test = tested(*(seeds_values(values, each, column, split) for each in (one, other)))
+            if test is not None:
+                found.append({"one": one, "other": other, "figure": column.title, "difference": asdict(test)})
+    return with_holm(found)
+
+
+def orders(cards: Sequence[Run], values: Sequence[Run]) -> list[dict[str, Any]]:
+    """The same patches in one order and in another.
+
+    Args:
+        cards: scorecards of runs that differ in their seed.
+        values: their values prompt by prompt.
+    """
+    both = combinations(arms_of(cards), 2)
+    return _compared(cards, values, [(a, b) for a, b in both if sorted(parts(a)) == sorted(parts(b))])
+
+
+def order_rule(cards: Sequence[Run], values: Sequence[Run]) -> list[dict[str, Any]]:
+    """Whether it matters that a risk's own patch stands last, next to the prompt: one contrast for each risk's figure.
+
+    The mean over all stacks of two or more in which it stands last, less that over those in which it stands first.
+
+    Args:
+        cards, values: as of `orders`.
+
+    Returns:
+        lines with `risk` and, seed by seed, the difference in `each` as well.
+    """
+    stacks = [arm for arm in arms_of(cards) if len(parts(arm)) > 1]
+    found = []
+    for column in COLUMNS:
+        own = SPECIALISTS.get(column.metric)
+        ends = [[arm for arm in stacks if parts(arm)[end] == own] for end in (-1, 0)]
+        if column.metric not in RISKS or not all(ends):
+            continue
+        split = split_of(cards, column)
+        each = [[seeds_values(values, arm, column, split) for arm in arms] for arms in ends]
+        if any(of is None for arms in each for of in arms):
+            continue
+        last, first = (np.mean([of for of in arms if of is not None], axis=0) for arms in each)
+        test = tested(last, first)
+        if test is not None:
+            line = {"risk": own, "one": f"{own} last", "other": f"{own} first", "figure": column.title}
+            by_seed = [float(mean) for mean in np.nanmean(last - first, axis=1)]
+            found.append(line | {"difference": asdict(test), "each": by_seed})
+    return with_holm(found)
+
+
+def joint_less_stacks(cards: Sequence[Run], values: Sequence[Run]) -> list[dict[str, Any]]:
+    """What stands beside the stacks (a patch that was trained for all risks) less each stack of all patches.
+
+    Args:
+        cards, values: as of `orders`.
+    """
+    arms = [arm for arm in arms_of(cards) if arm != BASE]
+    stacks = [arm for arm in arms if len(parts(arm)) > 1]
+    stacked = {part for arm in stacks for part in parts(arm)}
+    whole = [arm for arm in stacks if set(parts(arm)) == stacked]
+    beside = [arm for arm in arms if arm not in stacks and arm not in stacked]
+    return _compared(cards, values, [(one, stack) for one in beside for stack in whole])
+
+
+def growth(cards: Sequence[Run], values: Sequence[Run]) -> list[dict[str, Any]]:
+    """Each stack less the same without its last patch, where stacks grow by one patch; none where they are orders.
+
+    Args:
+        cards, values: as of `orders`.
+    """
+    arms = arms_of(cards)
+    stacks = [arm for arm in arms if len(parts(arm)) > 1]
+    if len({len(parts(arm)) for arm in stacks}) < len(stacks):
+        return []
+    pairs = [(arm, "+".join(parts(arm)[:-1])) for arm in stacks]
+    return _compared(cards, values, [(arm, before) for arm, before in pairs if before in arms])
+
+
+def across(
+    cards: Sequence[Run], values: Sequence[Run], other_cards: Sequence[Run], other_values: Sequence[Run]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Arms of one sweep less those of another: each less that of its name, and stacks less the other's specialist.
+
+    Args:
+        cards, values: as of `orders`.
+        other_cards, other_values: of the same seeds in the same order.
+
+    Returns:
+        the lines, and the figures that were left out because the base has other values there: other prompts, or other
+        samples.
+    """
+    ours, theirs = arms_of(cards), arms_of(other_cards)
+    found, left_out = [], []
+    for column in COLUMNS:
+        split = split_of(cards, column)
+        bases = [seeds_values(of, BASE, column, split) for of in (values, other_values)]
+        if bases[0] is None or bases[1] is None:
+            continue
+        if bases[0].shape != bases[1].shape or not np.allclose(*bases, atol=1e-6, equal_nan=True):
+            left_out.append(column.title)
+            continue
+        for one, other in _across_pairs(ours, theirs, SPECIALISTS.get(column.metric)):
+            test = tested(seeds_values(values, one, column, split), seeds_values(other_values, other, column, split))
+            if test is not None:
+                found.append({"one": one, "other": other, "figure": column.title, "difference": asdict(test)})
+    return with_holm(found), left_out
+
+
+def _across_pairs(ours: Sequence[str], theirs: Sequence[str], specialist: str | None) -> Iterator[tuple[str, str]]:
+    for arm in ours:
+        if arm != BASE and arm in theirs:
+            yield arm, arm
+        if specialist in theirs and len(parts(arm)) > 1 and specialist in parts(arm):
+            assert specialist is not None
+            yield arm, specialist
