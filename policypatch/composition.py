@@ -50,7 +50,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Aim:
-    """A figure that is to be small: of a risk (or utility), by its first judge that did not choose its pairs."""
+    """A figure that is to be small: of a risk (or utility), by the judge that had the least part in its training."""
 
     risk: str
     metric: str
@@ -196,13 +196,15 @@ def usual(risks: Sequence[str], probes: Sequence[Probe]) -> list[Aim]:
     return [Aim(risk, first[risk]) for risk in risks if risk in first] + [Aim("utility", "kl_benign")]
 
 
-def asked(aim: Aim, probes: Sequence[Probe], filters: Sequence[str]) -> Asked:
+def asked(aim: Aim, probes: Sequence[Probe], filters: Sequence[str], marked: Sequence[str] = ()) -> Asked:
     """The first of the probes that has an aim's figure.
 
     Args:
         aim: what is wanted.
         probes: of all risks.
         filters: judges that choose training pairs: another speaks where there is one.
+        marked: judges that had any part in training, as one that counts the filter's words: preferred to the filter's
+            own, where there is none that had no part.
 
     Raises:
         PolicyPatchError: none has; with those there are.
@@ -212,7 +214,7 @@ def asked(aim: Aim, probes: Sequence[Probe], filters: Sequence[str]) -> Asked:
         known += [f"{probe.risk}.{metric}" for metric in probe.metrics]
         if probe.risk == aim.risk and aim.metric in probe.metrics:
             judges = getattr(probe, "judges", {})  # those that only read probabilities have none
-            judge = next((name for name in judges if name not in filters), next(iter(judges), None))
+            judge = min(judges, key=lambda name: (name in filters, name in marked), default=None)
             return Asked(aim, (half(probe, 0), half(probe, 1)), judge)
     raise PolicyPatchError(
         f"--objective {aim} is measured by nothing here: choose from {', '.join(dict.fromkeys(known))}"

@@ -1,6 +1,6 @@
 """The search for a stack: what it begins with, that it finds what is best, and what it says."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +95,35 @@ def test_an_aim_that_nothing_measures_is_told_with_those_there_are():
         Aim.read("toxicity")
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A probe whose judges are these."""
+
+    judges: dict[str, None]
+    risk: str = "gender_bias"
+    metrics: tuple[str, ...] = ("gas",)
+    prompts: tuple[str, ...] = ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("filters", "marked", "judge"),
+    [
+        ([], [], "words"),
+        (["words"], ["words"], "names"),
+        (["words"], ["words", "names"], "third"),
+        (
+            ["words", "third"],
+            ["words", "names", "third"],
+            "names",
+        ),  # it shares words with the filter, but chose nothing
+        (["words", "names", "third"], ["words", "names", "third"], "words"),
+    ],
+)
+def test_the_judge_that_had_the_least_part_in_training_speaks(filters: list[str], marked: list[str], judge: str):
+    probe = Judged(dict.fromkeys(("words", "names", "third")))
+    assert asked(Aim("gender_bias", "gas"), [probe], filters, marked).judge == judge
+
+
 @pytest.fixture
 def compose(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path / "cache"))
@@ -131,6 +160,19 @@ def test_the_command_writes_the_stack_that_served_best_and_how_it_was_found(comp
     assert search_told["best_by_hand"] in {one["candidate"] for one in search_told["tried"][:4]}
     assert [line.split(":")[0] for line in search_told["against_it"]] == search_told["objectives"]
     assert made.manifest.training["evaluate"]["prompts"] == 6
+
+
+def test_a_judge_that_chose_the_pairs_is_marked_where_no_other_is_there(compose, tiny_base: Base, tmp_path: Path):
+    """Of gender bias both had a part: names, which chose nothing, speaks, and the manifest marks it."""
+    bias = save(patch_of(tiny_base, "bias", 4, risks=["toxicity", "gender_bias"]), tmp_path / "bias")
+    result = compose(bias, "--out", tmp_path / "out", "--budget", 2, "--objective", "gender_bias.gas")
+    assert result.exit_code == 0, result.output
+    manifest = load(tmp_path / "out").manifest
+    assert {(row["judge"], row["filter"]) for row in manifest.scorecard} == {("names", True)}
+    told = manifest.training["composition"]
+    assert told["judges"] == ["names"] and len(told["caveats"]) == 2
+    assert "! gender_bias.gas is by names, which counts what training pairs are chosen by" in result.stdout
+    assert "! both halves of gender_bias's prompts are about the same professions" in result.stdout
 
 
 def test_what_cannot_be_composed_is_told_before_anything_is_loaded(compose, tiny_base: Base, tmp_path: Path):

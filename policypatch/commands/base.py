@@ -132,6 +132,12 @@ def marked_of_any(cfg: Any, ready: Any) -> list[str]:
     return sorted({*ready.marked, *marked_of_others(cfg)})
 
 
+def filters_of_any(cfg: Any, ready: Any) -> list[str]:
+    """Judges that choose the training pairs of any risk."""
+    own = (name for part in ready.parts for name in part.teacher.filter_judges)
+    return sorted({*own, *(name for section in cfg.others.values() for name in section.get("filter") or ())})
+
+
 def evaluate_settings(cfg: Any) -> Any:
     """How much was measured, for a manifest: `policypatch audit` measures as much again."""
     from omegaconf import OmegaConf

@@ -19,6 +19,7 @@ from policypatch.commands.base import (
     base_overrides,
     composed,
     evaluate_settings,
+    filters_of_any,
     known_risk,
     marked_of_any,
     refuse_existing,
@@ -83,9 +84,10 @@ def compose(
         raise PolicyPatchError(
             f"{unseen[0]} is measured by nothing here, so its patch would be left out: say by --objective what counts"
         )
-    chosen_by = marked_of_any(cfg, ready)
-    wanted = [search.asked(aim, probes, chosen_by) for aim in aims or search.usual(risks, probes)]
+    filters, marked = filters_of_any(cfg, ready), marked_of_any(cfg, ready)
+    wanted = [search.asked(aim, probes, filters, marked) for aim in aims or search.usual(risks, probes)]
     names = [str(one.aim) for one in wanted]
+    told = _caveats(wanted, filters, marked)
 
     def figures(candidate: Candidate | None, which: int) -> list[Measured]:
         vectors = None if candidate is None else candidate.vectors(parts)
@@ -108,18 +110,27 @@ def compose(
     _show(names, table, bench, chosen.named(parts), by_hand.named(parts))
     if len(shown) > SHOWN:
         console.print(f"{len(shown) - SHOWN} more that no other beats are in the manifest", markup=False)
+    for line in told:
+        console.print(f"! {line}", markup=False)
     against: list[str] = []
     if chosen != by_hand:
         against = _compared(wanted, table[by_hand.named(parts)][1], table[chosen.named(parts)][1], bench)
     for line in against:
         console.print(line, markup=False)
-    found = {"objectives": names, "budget": budget, "seed": seed, "prompts": prompts}
+    found = {
+        "objectives": names,
+        "judges": [one.judge for one in wanted],
+        "caveats": told,
+        "budget": budget,
+        "seed": seed,
+        "prompts": prompts,
+    }
     found |= {"order": [parts[i].manifest.name for i in chosen.order], "scales": list(chosen.scales)}
     found |= {"best_by_hand": by_hand.named(parts), "against_it": against}
     found |= {"tried": [{"candidate": one.candidate.named(parts), "values": list(one.values)} for one in tried]}
     scaled = [Patch(s * parts[i].vectors, parts[i].manifest) for i, s in zip(chosen.order, chosen.scales, strict=True)]
     made = stack(scaled, name, version, alone=True)
-    rows = _rows(wanted, table["base"][1], table[chosen.named(parts)][1], bench)
+    rows = _rows(wanted, table["base"][1], table[chosen.named(parts)][1], marked, bench)
     manifest = replace(
         made.manifest, training={"composition": found, "evaluate": evaluate_settings(cfg)}, scorecard=rows
     )
@@ -146,6 +157,18 @@ def _ready(
         ]
     )
     return cfg, prepare(cfg)
+
+
+def _caveats(wanted: Sequence[Asked], filters: Sequence[str], marked: Sequence[str]) -> list[str]:
+    """What the figures must not be taken for: a sentence for each judge that had a part in training, and of halves."""
+    told = []
+    for one in wanted:
+        if (one.judge or one.aim.metric) in marked:
+            part = "chooses training pairs" if one.judge in filters else "counts what training pairs are chosen by"
+            told.append(f"{one.aim} is by {one.judge or 'itself'}, which {part}: no other is there")
+    if any(one.aim.risk == "gender_bias" for one in wanted):
+        told.append("both halves of gender_bias's prompts are about the same professions, in other sentences")
+    return told
 
 
 def _show(names: Sequence[str], table: dict[str, Any], bench: Bench, chosen: str, by_hand: str) -> None:
@@ -187,7 +210,7 @@ def _compared(
 
 
 def _rows(
-    wanted: Sequence[Asked], base: Sequence[Measured], stack: Sequence[Measured], bench: Bench
+    wanted: Sequence[Asked], base: Sequence[Measured], stack: Sequence[Measured], marked: Sequence[str], bench: Bench
 ) -> list[dict[str, Any]]:
     """Scorecard rows of base and stack on the prompts that did not choose it."""
     from policypatch.evaluate.measure import rows_of
@@ -195,5 +218,5 @@ def _rows(
     rows = []
     for one, of_base, of_stack in zip(wanted, base, stack, strict=True):
         arms = {"base": [of_base], "stack": [of_stack]}
-        rows += [asdict(row) for row in rows_of(arms, one.aim.risk, one.probes[1].split, (), bench.settings)]
+        rows += [asdict(row) for row in rows_of(arms, one.aim.risk, one.probes[1].split, marked, bench.settings)]
     return rows
