@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
+from random import Random
 
 import torch
 from omegaconf import DictConfig
@@ -49,8 +52,21 @@ def shortened(stack: Tensor, length: int) -> Tensor:
     return stack[places].clone()
 
 
+def drawn(sets: Sequence[Sequence[str]], most: int, seed: int) -> list[str]:
+    """At most so many texts, of each set as many as far as it has them, drawn by `seed`."""
+    shuffled = [Random(seed).sample(list(texts), len(texts)) for texts in sets]
+    turns = (text for row in zip_longest(*shuffled) for text in row if text is not None)
+    return list(dict.fromkeys(turns))[:most]
+
+
 def examples(
-    base: Base, stack: Tensor, prompts: Sequence[tuple[Form, Sequence[str]]], sampling: Sampling, seed: int, rows: int
+    base: Base,
+    stack: Tensor,
+    prompts: Sequence[tuple[Form, Sequence[str]]],
+    sampling: Sampling,
+    seed: int,
+    rows: int,
+    answer: int | None = None,
 ) -> list[Example]:
     """What the base writes behind the stack to each prompt, as training rows; blank answers are none.
 
@@ -61,10 +77,13 @@ def examples(
         sampling: how it writes.
         seed: of what it writes.
         rows: decoded at once.
+        answer: tokens of an answer in a chat at most, where those are more than of a text: what no row has is not
+            learned.
     """
     found = []
     for form, texts in prompts:
-        made = complete(base, texts, stack, 1, sampling, seed, rows, "what the stack writes", form)
+        how = replace(sampling, max_new_tokens=answer) if form.chat and answer is not None else sampling
+        made = complete(base, texts, stack, 1, how, seed, rows, "what the stack writes", form)
         for i, text in enumerate(texts):
             if tokens := made.tokens[i][0]:
                 prompt = tuple(base.encode_prompt(text, form))

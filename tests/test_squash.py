@@ -17,7 +17,7 @@ from policypatch.model.base import Base
 from policypatch.model.form import CHAT, PLAIN
 from policypatch.model.sampling import Sampling
 from policypatch.patch.artifact import load, save
-from policypatch.squash import SquashModule, examples, shortened, squashed
+from policypatch.squash import SquashModule, drawn, examples, shortened, squashed
 
 SAMPLING = Sampling(max_new_tokens=8)
 
@@ -62,6 +62,23 @@ def test_the_anchor_is_the_base_behind_the_stack(tiny_base: Base, stack):
             assert found[number].item() == pytest.approx(by_hand.item(), rel=1e-3, abs=1e-5)
         same = behind(stack, tiny_base, stack)
         assert same.divergence(tree).abs().max() < 1e-5
+
+
+def test_prompts_are_drawn_of_each_set_alike():
+    """Six of a set of 9 and one of 3: three of either, none from the front alone; what is short gives what it has."""
+    plain, scary = [f"p{i}" for i in range(9)], [f"s{i}" for i in range(3)]
+    six = drawn([plain, scary], 6, 0)
+    assert sum(text in scary for text in six) == 3 and len(set(six)) == 6
+    assert six == drawn([plain, scary], 6, 0) != drawn([plain, scary], 6, 1)
+    assert len(drawn([plain, scary], 11, 0)) == 11 and set(drawn([plain, plain[:2]], 20, 0)) == set(plain)
+    assert {text for seed in range(30) for text in drawn([plain], 2, seed)} == set(plain)
+
+
+def test_an_answer_in_a_chat_may_be_longer_than_a_text(tiny_base: Base, stack):
+    """In the tiny base hardly anything ends itself: as long as they may be."""
+    rows = examples(tiny_base, stack, [(PLAIN, texts(3)), (CHAT, texts(3, 50))], SAMPLING, 0, 32, 20)
+    lengths = [len(row.item.completions[0]) for row in rows]
+    assert max(lengths[:3]) <= 9 and max(lengths[3:]) > 9
 
 
 def test_training_comes_nearer_to_the_stack_and_goes_on_where_it_stopped(tiny_base: Base, stack, tmp_path: Path):

@@ -87,10 +87,11 @@ def squash(
     )
     ready = prepare(cfg)
     stack, plan = whole.vectors, ready.plan
-    texts = _prompts(cfg, ready.parts, risks, prompts)
-    rows = examples(ready.base, stack, texts, plan.sampling, seed, plan.decode_rows)
+    texts = _prompts(cfg, ready.parts, risks, prompts, seed)
+    answer = plan.response_sampling.max_new_tokens
+    rows = examples(ready.base, stack, texts, plan.sampling, seed, plan.decode_rows, answer)
     about = {"stack": whole.manifest.sha256, "length": length, "stage": asked, "seed": seed, "prompts": prompts}
-    about |= {"set": list(setting or [])}
+    about |= {"set": list(setting or []), "answer_tokens": answer}
     work = Path(
         "outputs", "squash", f"{whole.manifest.name}-{content_key(base=asdict(ready.base.identity), **about)[:12]}"
     )
@@ -126,9 +127,10 @@ def kept(card: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _prompts(cfg: Any, parts: Sequence[Part], risks: Sequence[str], most: int) -> list[Any]:
+def _prompts(cfg: Any, parts: Sequence[Part], risks: Sequence[str], most: int, seed: int) -> list[Any]:
     """Of each of the stack's risks its training prompts and its benign ones, by the form that they have."""
     from policypatch.prepare import made
+    from policypatch.squash import drawn
 
     found, own = [], {part.risk.name: part.risk for part in parts}
     for name in risks:
@@ -136,5 +138,6 @@ def _prompts(cfg: Any, parts: Sequence[Part], risks: Sequence[str], most: int) -
             console.print(f"! no prompts of {name} are known here: of its patch is kept what others' prompts show")
             continue
         risk = own.get(name) or made(cfg.others[name], f"others.{name}")
-        found += [(risk.form, texts[:most]) for texts in (risk.training_prompts, risk.benign_prompts) if texts]
+        sets = (drawn(of, most, seed) for of in ([risk.training_prompts], risk.benign_sets))
+        found += [(risk.form, texts) for texts in sets if texts]
     return found

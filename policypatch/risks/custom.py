@@ -45,6 +45,7 @@ class Custom:
     compliance = False
     shares: tuple[str, ...] = ()
     benign_prompts: tuple[str, ...] = ()
+    benign_sets: tuple[list[str], ...] = ()
     benign_texts: tuple[str, ...] = ()
     swaps: ClassVar[dict[str, str]] = {}
 

@@ -74,9 +74,13 @@ class Risk(ABC):
     @cached_property
     def benign_prompts(self) -> list[str]:
         """What the base should go on responding to as it does; nothing that stands in an evaluation set."""
+        return list(dict.fromkeys(prompt for prompts in self.benign_sets for prompt in prompts))
+
+    @cached_property
+    def benign_sets(self) -> list[list[str]]:
+        """The same, set by set."""
         sets = {f"risk.benign.{name}": prompts for name, prompts in self.benign.items()}
-        loaded = [s.load(key, without=self._measured_texts, near=self.near) for key, s in sets.items()]
-        return list(dict.fromkeys(prompt for prompts in loaded for prompt in prompts))
+        return [s.load(key, without=self._measured_texts, near=self.near) for key, s in sets.items()]
 
     @cached_property
     def benign_texts(self) -> list[str]:
