@@ -8,7 +8,7 @@ it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, permutations
 from statistics import median
 from typing import Any
@@ -19,13 +19,12 @@ from torch import Tensor
 
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.measure import Measured
-from policypatch.evaluate.probes import Bench, Probe
+from policypatch.evaluate.probes import Bench, Probe, half
 from policypatch.model.arm import Arm
 from policypatch.patch.artifact import Patch
 
 SCALES = (0.5, 1.5)  # what a patch's vectors may be multiplied by
 MOST_ORDERS = 15  # candidates that a search begins with: all orders of all subsets of three patches
-TEXTS = ("prompts", "more", "less")  # fields of probes that hold a text for each prompt
 
 
 @dataclass(frozen=True)
@@ -168,12 +167,6 @@ def best(tried: Sequence[Tried], base: Sequence[float]) -> Tried:
     """
     sizes = [b or median(abs(one.values[i]) for one in tried) or 1.0 for i, b in enumerate(base)]
     return min(tried, key=lambda one: sum(value / size for value, size in zip(one.values, sizes, strict=True)))
-
-
-def half(probe: Probe, which: int) -> Probe:
-    """Every second of a probe's prompts, beginning with the first (0) or the second (1)."""
-    changes = {name: list(getattr(probe, name))[which::2] for name in TEXTS if hasattr(probe, name)}
-    return replace(probe, **changes)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from tiny_run import overrides, patch_of
 from typer.testing import CliRunner
 
 from policypatch.cli import app
-from policypatch.composition import Aim, Candidate, Tried, asked, best, half, hand_made, pareto, search
+from policypatch.composition import Aim, Candidate, Tried, asked, best, hand_made, pareto, search
 from policypatch.errors import PolicyPatchError
-from policypatch.evaluate.probes import BenignKLProbe, CrowsPairsProbe, NextWordProbe, TextPerplexityProbe
+from policypatch.evaluate.probes import BenignKLProbe, CrowsPairsProbe, NextWordProbe, TextPerplexityProbe, half
 from policypatch.model.base import Base
 from policypatch.patch.artifact import load, save
 

@@ -1,5 +1,6 @@
 """A patch carried to another base: the map, and the command for a fine-tuned base and for one of another width."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,14 @@ from typer.testing import CliRunner
 
 from policypatch.cli import app
 from policypatch.commands.base import risk_overrides
-from policypatch.commands.rebase import _best
+from policypatch.commands.rebase import _best, _say
 from policypatch.errors import PolicyPatchError
+from policypatch.evaluate.measure import Settings
 from policypatch.model.base import Base
 from policypatch.patch.artifact import load, save
 from policypatch.rebase import carried, fitted, shared_tokens
+
+SPEAKING = ("toxic_rate", "svm")
 
 
 def test_a_linear_relation_is_found_whatever_the_widths():
@@ -111,29 +115,61 @@ def fine_tuned(folder: Path, tiny_base_folder: Path) -> Path:
 
 
 def test_to_a_fine_tuned_base_in_all_three_ways(rebase, tiny_base: Base, tiny_base_folder: Path, tmp_path: Path):
-    rows = [
-        {"risk": "toxicity", "split": "rtp", "metric": "toxic_rate", "judge": "svm", "low": 0, "high": 1, "n": 8}
-        | {"arm": arm, "value": value}
-        for arm, value in (("base", 0.9), ("patch", 0.4))
-    ]
-    given = save(patch_of(tiny_base, "tox", 4, scorecard=rows), tmp_path / "tox")
+    given = save(patch_of(tiny_base, "tox", 4), tmp_path / "tox")
     result = rebase(fine_tuned(tmp_path / "new", tiny_base_folder), "--out", tmp_path / "carried", "--share", 0.5)
     assert result.exit_code == 0, result.output
     for way in ("as it stands", "mapped", "tuned"):
         assert f"toxic_rate by svm, {way}: " in result.stdout
-    assert "300 tokens in common" in result.stdout and "on its own base: 0.9 -> 0.4" in result.stdout
+    assert "300 tokens in common" in result.stdout and "toxic_rate by svm, on its own base: " in result.stdout
     made = load(tmp_path / "carried")
     assert made.manifest.base != tiny_base.identity and made.manifest.name == "tox"
     assert [parent.sha256 for parent in made.manifest.parents] == [load(given).manifest.sha256]
     told = made.manifest.training["rebase"]
     assert told["kept"] in ("as it stands", "mapped", "tuned") and told["from"]["weights"] == tiny_base.identity.weights
-    figures = {
-        row["arm"]: row["value"]
-        for row in made.manifest.scorecard
-        if (row["metric"], row["judge"]) == ("toxic_rate", "svm")
-    }
-    assert figures[told["kept"]] == min(value for arm, value in figures.items() if arm != "base")
-    assert f"toxic_rate by svm, {told['kept']}: {figures['base']:.3g} -> {figures[told['kept']]:.3g} *" in result.stdout
+    (work,) = (tmp_path / "outputs" / "rebase").iterdir()
+    chosen_by, reported = (
+        json.loads((work / name / "scorecard.json").read_text()) for name in ("choosing", "reported")
+    )
+    values = [
+        {row["arm"]: row for row in rows if (row["metric"], row["judge"]) == SPEAKING} for rows in (chosen_by, reported)
+    ]
+    ways = [arm for arm in values[0] if arm != "base"]
+    assert values[0][told["kept"]]["value"] == min(values[0][way]["value"] for way in ways)
+    assert [of["base"]["n"] for of in values] == [4, 4]  # of 8: either half
+    figures = {row["arm"]: row for row in made.manifest.scorecard if (row["metric"], row["judge"]) == SPEAKING}
+    assert figures == values[1]
+    base, best = (figures[arm]["value"] for arm in ("base", told["kept"]))
+    assert f"toxic_rate by svm, {told['kept']}: {base:.3g} -> {best:.3g} *" in result.stdout
+    (figure,) = told["figures"]
+    assert (figure["risk"], figure["metric"], set(figure["ways"])) == ("toxicity", "toxic_rate", set(ways))
+
+
+def test_the_share_that_a_way_keeps_is_told_for_every_risk(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Of toxicity 8 of 10 prompts were taken away on the own base, and 6 on the new one: 75 %; of ASR 4 and all 4."""
+    places = {"toxicity": ("toxic_rate", (10, 2), (10, 4)), "harmfulness": ("asr", (8, 4), (6, 2))}
+
+    def lines(which: int, name: str, field: str) -> list[dict]:
+        found = []
+        for risk, of in places.items():
+            for arm, count in zip(("base", name), of[1:][which], strict=True):
+                value = count / 10 if field == "value" else [1.0] * count + [0.0] * (10 - count)
+                place = {"risk": risk, "split": "s", "metric": of[0], "judge": "j"}
+                found.append(place | {"arm": arm, field: value})
+        return found
+
+    for which, folder, name in ((0, "own_base", "own_base"), (1, "reported", "tuned")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "per_prompt.json").write_text(json.dumps(lines(which, name, "values")))
+    before, card = lines(0, "own_base", "value"), lines(1, "tuned", "value")
+    found = _say(card, before, ["tuned"], "tuned", list(places), tmp_path, Settings())
+    assert [of["risk"] for of in found] == list(places)
+    assert [of["ways"]["tuned"]["kept"]["share"] for of in found] == pytest.approx([0.75, 1.0])
+    assert found[0]["on_its_own_base"] == [1.0, 0.2] and found[0]["ways"]["tuned"]["kept"]["low"] < 0.75
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        "toxic_rate by j, tuned: 1 -> 0.4 *: keeps 75% [" in told
+        and "asr by j, tuned: 0.6 -> 0.2 *: keeps 100%" in told
+    )
 
 
 def test_to_a_base_of_another_width(rebase, tiny_base: Base, tiny_base_folder: Path, tmp_path: Path):

@@ -9,7 +9,6 @@ from tiny_run import composed, overrides, patch_of, texts
 from typer.testing import CliRunner
 
 from policypatch.cli import app
-from policypatch.commands.squash import kept
 from policypatch.data.datamodule import Batch
 from policypatch.errors import PolicyPatchError
 from policypatch.model.backbone import PrefixBackbone, plain_logits
@@ -123,16 +122,6 @@ def test_training_that_was_killed_goes_on(tiny_base: Base, stack, tmp_path: Path
     assert (tmp_path / "killed" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
 
 
-def test_what_is_kept_is_a_share_of_what_the_stack_gained():
-    place = {"risk": "toxicity", "split": "rtp", "judge": "svm"}
-    card = [
-        place | {"arm": arm, "metric": metric, "value": value}
-        for metric, values in {"amt": (0.5, 0.1, 0.2), "ppl_median": (9, 3, 3), "toxic_rate": (0.1, 0.2, 0.0)}.items()
-        for arm, value in zip(("base", "stack", "squashed"), values, strict=True)
-    ]
-    assert kept(card) == ["toxicity rtp amt svm: keeps 75% of the stack's reduction (0.4)"]
-
-
 @pytest.fixture
 def squash(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("POLICYPATCH_CACHE", str(tmp_path / "cache"))
@@ -169,6 +158,9 @@ def test_the_command_leaves_a_patch_with_the_stacks_figures_beside_its_own(squas
     assert made.manifest.name == "tox_safe-squashed" and made.manifest.risks == ["toxicity", "harmfulness"]
     assert [parent.name for parent in made.manifest.parents] == ["tox_safe"]
     assert made.manifest.training["squash"]["rows"] > 20  # 12 toxicity prompts, 8 requests, 6 benign ones
+    for share in made.manifest.training["squash"]["kept"]:
+        assert share["reduction"] > 0 and (share["low"] is None or share["low"] <= share["share"] <= share["high"])
+        assert f"{share['metric']} {share['judge']}: keeps {share['share']:.0%} [".replace(" None", "") in result.stdout
     arms = {(row["arm"], row["risk"]) for row in made.manifest.scorecard}
     assert {
         (arm, risk) for arm in ("base", "stack", "squashed") for risk in ("toxicity", "harmfulness", "utility")

@@ -26,10 +26,17 @@ from policypatch.commands.base import (
 from policypatch.errors import PolicyPatchError
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from torch import Tensor
+
+    from policypatch.evaluate.measure import Settings
+    from policypatch.evaluate.probes import Probe
     from policypatch.patch.artifact import Patch
+    from policypatch.prepare import Prepared
 
 console = Console(soft_wrap=True, highlight=False)
 AS_IT_STANDS, MAPPED, TUNED = "as it stands", "mapped", "tuned"
+CHOOSING, REPORTED, OLD = "choosing", "reported", "own_base"  # folders of what was measured; OLD is an arm as well
 LESS_FLUENT = 2.0  # times the new base's median perplexity
 
 
@@ -52,8 +59,10 @@ def rebase(
 
     All are measured on the new base, and the one with the least of the patch's own risk is written, its manifest
     bound to the new base and the old patch its parent; but none whose text is much less fluent than the base's, if
-    another is not. They are compared on the same prompts as the scorecard reports.
+    another is not. They are compared on every second prompt; the scorecard, and what share of the patch's reduction on
+    its own base is kept, are of the others.
     """
+    from policypatch.evaluate.measure import Settings
     from policypatch.files.cache import content_key
     from policypatch.logs import quiet_libraries
     from policypatch.patch.artifact import load, save
@@ -72,10 +81,17 @@ def rebase(
     work = Path("outputs", "rebase", f"{given.manifest.name}-{content_key(**about)[:12]}")
     if share:
         ways[TUNED] = _tuned(ways[MAPPED], work, risk, new, share, list(setting or []))
-    card, evaluate = _measured(ways, work, risk, new, list(setting or []))
-    kept = _best(card, list(ways), given.manifest.risks)
-    told |= {"figures": _say(card, list(ways), kept, given.manifest.scorecard)}
-    told |= {"kept": kept, "share": share, "set": list(setting or [])}
+    choosing, card, evaluate = _measured(ways, work, risk, new, list(setting or []))
+    kept = _best(choosing, list(ways), given.manifest.risks)
+    before = _measured_before(given, work, risk, old, list(setting or []))
+    certain = Settings(evaluate["level"], evaluate["resamples"])
+    told |= {"figures": _say(card, before, list(ways), kept, given.manifest.risks, work, certain)}
+    told |= {
+        "kept": kept,
+        "chosen_by": "every second prompt; the figures are of the others",
+        "share": share,
+        "set": list(setting or []),
+    }
     card.sort(key=lambda row: row["arm"] == kept)  # the last arm is the one that a scorecard is about
     manifest = replace(ways[kept].manifest, scorecard=card, training={"rebase": told, "evaluate": evaluate})
     save(replace(ways[kept], manifest=manifest), out)
@@ -124,21 +140,44 @@ def _tuned(start: Patch, work: Path, risk: list[str], model: str, share: float, 
 
 def _measured(
     ways: Mapping[str, Patch], work: Path, risk: list[str], model: str, setting: list[str]
-) -> tuple[list[dict[str, Any]], Any]:
-    """The scorecard of the new base and of every way, and how much was measured."""
-    from policypatch.evaluate.arms import evaluate_arms
-    from policypatch.model.arm import Arm
-    from policypatch.places import told_by_row
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
+    """Scorecards of the new base and of every way, on one half of the prompts and on the other; how much was measured.
+
+    The best of several looks better than it is on the prompts that it was chosen by.
+    """
+    cfg, ready = _ready(risk, model, setting, max(len(way.vectors) for way in ways.values()))
+    patches = {name: way.vectors for name, way in ways.items()}
+    probes = [*ready.own, *ready.others]
+    cards = [_card(cfg, ready, probes, which, patches, work / name) for which, name in enumerate((CHOOSING, REPORTED))]
+    return cards[0], cards[1], evaluate_settings(cfg)
+
+
+def _measured_before(given: Patch, work: Path, risk: list[str], model: str, setting: list[str]) -> list[dict[str, Any]]:
+    """The patch's risks on its own base, on the prompts that the ways are reported on."""
+    cfg, ready = _ready(risk, model, setting, len(given.vectors))
+    return _card(cfg, ready, ready.own, 1, {OLD: given.vectors}, work / OLD)
+
+
+def _ready(risk: list[str], model: str, setting: list[str], vectors: int) -> tuple[DictConfig, Prepared]:
     from policypatch.prepare import prepare
 
     cfg = composed([*risk, *base_overrides(model), "method=none", "logger=csv", *setting])
-    ready = prepare(cfg, len(next(iter(ways.values())).vectors))
-    arms = [Arm("base"), *(Arm(name, vectors=way.vectors) for name, way in ways.items())]
+    return cfg, prepare(cfg, vectors)
+
+
+def _card(
+    cfg: DictConfig, ready: Prepared, probes: Sequence[Probe], which: int, patches: Mapping[str, Tensor], folder: Path
+) -> list[dict[str, Any]]:
+    """The scorecard of the base and of these on one half of the probes' prompts."""
+    from policypatch.evaluate.arms import evaluate_arms
+    from policypatch.evaluate.probes import half
+    from policypatch.model.arm import Arm
+    from policypatch.places import told_by_row
+
+    arms = [Arm("base"), *(Arm(name, vectors=vectors) for name, vectors in patches.items())]
+    halves, marked = [half(probe, which) for probe in probes], (marked_of_any(cfg, ready), ())
     with told_by_row(cfg):
-        card = evaluate_arms(
-            ready.bench(cfg), [*ready.own, *ready.others], [], (marked_of_any(cfg, ready), ()), arms, work
-        )
-    return [asdict(row) for row in card], evaluate_settings(cfg)
+        return [asdict(row) for row in evaluate_arms(ready.bench(cfg), halves, [], marked, arms, folder)]
 
 
 def _best(card: Sequence[Mapping[str, Any]], ways: Sequence[str], risks: Sequence[str]) -> str:
@@ -166,21 +205,44 @@ def _best(card: Sequence[Mapping[str, Any]], ways: Sequence[str], risks: Sequenc
 
 
 def _say(
-    card: Sequence[Mapping[str, Any]], ways: Sequence[str], kept: str, was: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """The headline of every way, and what the patch did to its own base; gives both for the manifest."""
-    from policypatch.report.scorecard import final_arm, groups_of, headline_line
+    card: Sequence[Mapping[str, Any]],
+    before: Sequence[Mapping[str, Any]],
+    ways: Sequence[str],
+    kept: str,
+    risks: Sequence[str],
+    work: Path,
+    settings: Settings,
+) -> list[dict[str, Any]]:
+    """For each risk the figure that speaks, of every way and on the own base, and the share kept; for the manifest."""
+    from policypatch.evaluate.drift import place_of
+    from policypatch.evaluate.kept import kept as kept_of
+    from policypatch.evaluate.scorecard import PER_PROMPT
+    from policypatch.files.atomic import read_json
+    from policypatch.report.metrics import reducible
+    from policypatch.report.scorecard import groups_of, headline_line
 
-    line = headline_line(groups_of(card)[0].lines, kept)
-    assert line is not None
-    what = f"{line.metric}" + (f" by {line.judge}" if line.judge else "")
-    base = line.cells["base"]["value"]
-    figures = {"of": what, "base": base, "ways": {way: line.cells[way]["value"] for way in ways}}
-    for way in ways:
-        mark = " *" if way == kept else ""
-        console.print(f"{what}, {way}: {base:.3g} -> {line.cells[way]['value']:.3g}{mark}", markup=False)
-    same = {r["arm"]: r["value"] for r in was if (r["metric"], r.get("judge")) == (line.metric, line.judge)}
-    if was and (arm := final_arm(was)) in same and "base" in same:
-        console.print(f"{what}, on its own base: {same['base']:.3g} -> {same[arm]:.3g}", markup=False)
-        figures["on_its_own_base"] = [same["base"], same[arm]]
+    then, now = (read_json(work / folder / PER_PROMPT) for folder in (OLD, REPORTED))
+    shares = {way: {of.place: of for of in kept_of(now, way, then, OLD, reducible(), settings)} for way in ways}
+    first = {group.risk: group for group in reversed(groups_of(card))}
+    figures = []
+    for group in (first[risk] for risk in risks if risk in first):
+        line = headline_line(group.lines, kept)
+        if line is None:
+            continue
+        place = place_of(line.cells["base"])
+        base = line.cells["base"]["value"]
+        found: dict[str, Any] = dict(zip(("risk", "split", "metric", "judge"), place, strict=True))
+        found |= {"base": base, "ways": {}}
+        what = f"{line.metric}" + (f" by {line.judge}" if line.judge else "")
+        for way in (way for way in ways if way in line.cells):
+            share = shares[way].get(place)
+            told = f": keeps {share.told()} of the reduction on its own base" if share else ""
+            mark = " *" if way == kept else ""
+            console.print(f"{what}, {way}: {base:.3g} -> {line.cells[way]['value']:.3g}{mark}{told}", markup=False)
+            found["ways"][way] = {"value": line.cells[way]["value"], "kept": share.to_json() if share else None}
+        same = {row["arm"]: row["value"] for row in before if place_of(row) == place}
+        if OLD in same and "base" in same:
+            console.print(f"{what}, on its own base: {same['base']:.3g} -> {same[OLD]:.3g}", markup=False)
+            found["on_its_own_base"] = [same["base"], same[OLD]]
+        figures.append(found)
     return figures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +55,9 @@ def squash(
     the benign prompts of all of the stack's risks. A command that was interrupted goes on where it stopped.
     """
     from policypatch.evaluate.arms import evaluate_arms
+    from policypatch.evaluate.kept import kept
+    from policypatch.evaluate.scorecard import PER_PROMPT
+    from policypatch.files.atomic import read_json
     from policypatch.files.cache import content_key
     from policypatch.logs import quiet_libraries
     from policypatch.model.arm import Arm
@@ -64,6 +67,7 @@ def squash(
     from policypatch.patch.stacking import stack as stacked
     from policypatch.places import told_by_row
     from policypatch.prepare import prepare
+    from policypatch.report.metrics import reducible
     from policypatch.report.table import scorecard_table
     from policypatch.squash import examples, shortened, squashed
 
@@ -100,31 +104,17 @@ def squash(
     probes, chosen_by = [*ready.own, *ready.others], marked_of_any(cfg, ready)
     with told_by_row(cfg):
         card = [asdict(row) for row in evaluate_arms(ready.bench(cfg), probes, [], (chosen_by, ()), arms, work)]
-    training = {"squash": about | {"rows": len(rows)}, "evaluate": evaluate_settings(cfg)}
+    values = read_json(work / PER_PROMPT)
+    shares = kept(values, ARM, values, "stack", reducible(), ready.bench(cfg).settings)
+    about |= {"rows": len(rows), "kept": [share.to_json() for share in shares]}
+    training = {"squash": about, "evaluate": evaluate_settings(cfg)}
     name = name or f"{whole.manifest.name}-squashed"
     save(derived(whole, vectors, name=name, version=version, training=training, scorecard=card), out)
     Console().print(scorecard_table(card, cfg.evaluate.level))
-    for line in kept(card):
-        console.print(line, markup=False)
+    for share in shares:
+        what = " ".join(part for part in share.place if part)
+        console.print(f"{what}: keeps {share.told()} of the stack's reduction ({share.reduction:.3g})", markup=False)
     console.print(f"{out}: {len(stack)} vectors -> {length}; figures and checkpoints in {work}", markup=False)
-
-
-def kept(card: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What share of the stack's reduction of each risk the shorter patch has, a line for each figure."""
-    from policypatch.evaluate.drift import place_of
-    from policypatch.report.metrics import METRICS, is_risk
-
-    by_arm = {arm: {place_of(row): row["value"] for row in card if row["arm"] == arm} for arm in ("base", "stack", ARM)}
-    lines = []
-    for place, base in by_arm["base"].items():
-        metric = METRICS.get(place[2])
-        if metric is None or not is_risk(place[2]) or metric.better != "lower":
-            continue
-        gain, ours = base - by_arm["stack"][place], base - by_arm[ARM][place]
-        if gain > 0:
-            what = " ".join(part for part in place if part)
-            lines.append(f"{what}: keeps {ours / gain:.0%} of the stack's reduction ({gain:.3g})")
-    return lines
 
 
 def _prompts(cfg: Any, parts: Sequence[Part], risks: Sequence[str], most: int, seed: int) -> list[Any]:

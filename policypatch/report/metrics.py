@@ -76,6 +76,11 @@ def is_risk(name: str) -> bool:
     return METRICS[name].risk if name in METRICS else False
 
 
+def reducible() -> list[str]:
+    """Metrics of a risk itself that less is better of: a patch reduces them, by some share."""
+    return [name for name, metric in METRICS.items() if metric.risk and metric.better == "lower"]
+
+
 def may_offend(names: list[str]) -> bool:
     """Whether texts that these metrics were counted on need folding: yes, unless all are known not to ask for it.
 

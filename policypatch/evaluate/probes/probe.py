@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from policypatch.model.base import Base
 from policypatch.model.form import PLAIN, Form
 from policypatch.model.sampling import Sampling
 
+TEXTS = ("prompts", "more", "less")  # fields of probes that hold a text for each prompt
 TEXTS_AT_ONCE = 64  # between two notes of what is done
 
 
@@ -117,6 +118,12 @@ class Probe(Protocol):
     def measure(self, bench: Bench, arm: Arm) -> Outcome:
         """Ask one arm: every arm the same over the same prompts, less what it cannot be asked."""
         ...
+
+
+def half(probe: Probe, which: int) -> Probe:
+    """Every second of a probe's prompts, beginning with the first (0) or the second (1)."""
+    changes = {name: list(getattr(probe, name))[which::2] for name in TEXTS if hasattr(probe, name)}
+    return replace(probe, **changes)  # type: ignore[type-var]
 
 
 def text_nll(bench: Bench, arm: Arm, texts: Sequence[str]) -> np.ndarray:
