@@ -17,6 +17,7 @@ from policypatch.commands.base import (
     Register,
     base_overrides,
     composed,
+    evaluate_settings,
     known_risk,
     quoted,
     risk_overrides,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 console = Console(soft_wrap=True, highlight=False)
 MEASURED = ("prompts", "other_prompts", "k", "responses", "seed", "ppl_samples", "level", "resamples")
+DRIFTED = 3  # exit status; 1 is a traceback's, 2 a user's mistake
 SAMPLED = ("sampling", "response_sampling")
 
 
@@ -51,11 +53,11 @@ def audit(
     history: Annotated[Path | None, typer.Option(help="file that the figures are added to, drawn beside it")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, as run.py takes it")] = None,
 ) -> None:
-    """Measure a patch as it was measured when it was made, and say what has changed since; exit status 1 if it has.
+    """Measure a patch as it was measured when it was made, and say what has changed since; exit status 3 if it has.
 
     Judges, prompts and metrics are this checkout's (conf/), as many as the patch's manifest says; nothing of a manifest
-    but numbers is used. Where it has no such figure, as on prompts of your own, the oldest in --history is what
-    later ones are compared with.
+    but numbers is used. Where it has no such figure, as on prompts of your own, the oldest in --history that was
+    measured with the same settings is what later ones are compared with.
     """
     from policypatch.evaluate.drift import changes
     from policypatch.files.atomic import read_json
@@ -87,16 +89,25 @@ def audit(
         start(cfg, folder.absolute(), "", overrides)
     rows = read_json(folder / "scorecard.json")
     identity = [asdict(patch.manifest.as_parent) for patch in loaded]
-    reference = _reference(first.scorecard if len(loaded) == 1 else [], known, identity)
-    found = {arm: changes(reference[arm], _of(rows, arm), cfg.evaluate.level) for arm in ("base", "patch")}
-    say(found, sum(len(_of(rows, arm)) for arm in found))
+    settings = evaluate_settings(cfg)
+    alike = [entry for entry in known if entry["patch"] == identity and entry.get("evaluate") == settings]
+    reference = _reference(first.scorecard if len(loaded) == 1 else [], alike)
+    today = {arm: _of(rows, arm) for arm in ("base", "patch")}
+    found = changes(reference, today, cfg.evaluate.level)
+    say(found, sum(map(len, today.values())))
     drifted = [change for arm in found.values() for change in arm if change.differs]
     if history is not None:
-        kept = {"when": now.isoformat(timespec="seconds"), "patch": identity, "base": model, "risk": str(cfg.risk.name)}
-        audits.append(history, kept | {"drifted": len(drifted), "rows": rows, "report": str(folder / "report.html")})
-        console.print(f"{history} has {len(known) + 1} audits, drawn in {history.with_suffix('.svg')}", markup=False)
+        kept: dict[str, Any] = {
+            "when": now.isoformat(timespec="seconds"),
+            "patch": identity,
+            "base": model,
+            "risk": str(cfg.risk.name),
+        }
+        kept |= {"evaluate": settings, "drifted": len(drifted), "rows": rows, "report": str(folder / "report.html")}
+        entries = audits.append(history, kept)
+        console.print(f"{history} has {len(entries)} audits, drawn in {history.with_suffix('.svg')}", markup=False)
     if drifted:
-        raise typer.Exit(1)
+        raise typer.Exit(DRIFTED)
 
 
 def say(found: Mapping[str, Sequence[Change]], figures: int) -> None:
@@ -121,12 +132,12 @@ def say(found: Mapping[str, Sequence[Change]], figures: int) -> None:
 
 
 def _reference(
-    scorecard: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]], patch: Any
+    scorecard: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]
 ) -> dict[str, list[Mapping[str, Any]]]:
     """What today's figures are held against: the manifest's, and of those it has not the oldest audit's that has."""
     from policypatch.evaluate.drift import place_of
 
-    earlier = [scorecard, *(entry["rows"] for entry in known if entry["patch"] == patch)]
+    earlier = [scorecard, *(entry["rows"] for entry in known)]
     found: dict[str, list[Mapping[str, Any]]] = {}
     for arm in ("base", "patch"):
         # The oldest figure of a place counts: audits on prompts of one's own may have come later than others.

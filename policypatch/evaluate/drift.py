@@ -33,26 +33,31 @@ class Change:
     differs: bool
 
 
-def changes(then: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str, Any]], level: float = 0.95) -> list[Change]:
-    """The figures that both scorecards have, of one arm each, in the order of `now`.
+def changes(
+    then: Mapping[str, Iterable[Mapping[str, Any]]],
+    now: Mapping[str, Iterable[Mapping[str, Any]]],
+    level: float = 0.95,
+) -> dict[str, list[Change]]:
+    """The figures that both scorecards have, by arm, in the order of `now`.
 
     Both are taken for independent samples, though they mostly share prompts: with common prompts the test is the more
-    cautious. As many are compared, p-values are held to Holm's (1979) thresholds, which keep the chance of any false
-    alarm at 1 - level.
+    cautious. As many are compared, p-values of all arms together are held to Holm's (1979) thresholds, which keep the
+    chance of any false alarm at 1 - level.
 
     Args:
-        then: rows of the earlier scorecard.
+        then: rows of the earlier scorecard, by arm.
         now: rows of today's.
         level: of the rows' intervals and of the test.
     """
-    earlier = {place_of(row): row for row in then}
-    both = [(place_of(row), earlier[place_of(row)], row) for row in now if place_of(row) in earlier]
+    both: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = []
+    for arm, rows in now.items():
+        earlier = {place_of(row): row for row in then[arm]}
+        both += [(arm, earlier[place_of(row)], row) for row in rows if place_of(row) in earlier]
     p_values = [p_of(old, new, level) for _, old, new in both]
-    told = holm(p_values, 1 - level)
-    return [
-        Change(place, old["value"], new["value"], p, differs)
-        for (place, old, new), p, differs in zip(both, p_values, told, strict=True)
-    ]
+    found: dict[str, list[Change]] = {arm: [] for arm in now}
+    for (arm, old, new), p, differs in zip(both, p_values, holm(p_values, 1 - level), strict=True):
+        found[arm].append(Change(place_of(new), old["value"], new["value"], p, differs))
+    return found
 
 
 def place_of(row: Mapping[str, Any]) -> Place:

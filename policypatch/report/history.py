@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from filelock import FileLock
 from matplotlib.dates import DateFormatter
 from matplotlib.figure import Figure
 
@@ -38,10 +39,15 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Add an entry, and draw what the file then holds of its patch into a .svg beside it; gives all entries."""
-    entries = [*read(path), dict(entry)]
-    write_jsonl(path, entries)
-    draw([one for one in entries if one["patch"] == entry["patch"]], path.with_suffix(".svg"))
+    """Add an entry, and draw what the file then holds of its patch into a .svg beside it; gives all entries.
+
+    Of several audits that end at once each waits for the one before it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        entries = [*read(path), dict(entry)]
+        write_jsonl(path, entries)
+        draw([one for one in entries if one["patch"] == entry["patch"]], path.with_suffix(".svg"))
     return entries
 
 

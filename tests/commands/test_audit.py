@@ -63,7 +63,7 @@ def test_measured_again_it_is_the_same_and_a_patch_that_was_better_is_an_alarm(a
         if row["arm"] == "patch" and (row["metric"], row["judge"]) == ("amt", "svm"):
             row.update(value=0.01, low=0.009, high=0.011)
     worse = audit(with_scorecard(patch, rows, tmp_path / "worse"), "--out", tmp_path / "third")
-    assert worse.exit_code == 1, worse.output
+    assert worse.exit_code == 3, worse.output
     assert "! patch: toxicity rtp amt by svm: 0.01 -> " in worse.stdout
     assert f"1 of {len(card)} figures changed since" in worse.stdout
 
@@ -95,6 +95,10 @@ def test_own_prompts_are_compared_with_the_first_audit_of_them(audit, patch: Pat
     (split,) = {row["split"] for row in entries[0]["rows"] if row["risk"] == "toxicity"}
     assert split.startswith("own_")
     assert (tmp_path / "audits.svg").exists()
+    fewer = ("--prompts", own, "--history", history, "--set", "evaluate.k=2")
+    result = audit(patch, *fewer, "--out", tmp_path / "fewer")  # other settings: nothing to compare with
+    assert result.exit_code == 0 and "have no earlier one" in result.stdout and "changed since" not in result.stdout
+    assert json.loads(history.read_text().splitlines()[-1])["evaluate"]["k"] == 2
     others = write_prompts(tmp_path / "others.jsonl", 5, 950, "prompt")
     result = audit(patch, "--prompts", others, "--history", history, "--out", tmp_path / "run3")
     assert "figures have no earlier one to be compared with" in result.stdout  # those on other prompts

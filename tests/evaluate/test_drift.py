@@ -39,7 +39,7 @@ def test_holm():
 def test_only_what_both_have_is_compared_and_in_the_order_of_today():
     then = [row(split="a"), row(split="b", value=0.9), row(split="gone")]
     now = [row(split="b", value=0.1), row(split="new"), row(split="a")]
-    found = changes(then, now)
+    found = changes({"patch": then}, {"patch": now})["patch"]
     assert [change.place[1] for change in found] == ["b", "a"]
     assert [change.differs for change in found] == [True, False]
     assert (found[0].then, found[0].now) == (0.9, 0.1)
@@ -50,5 +50,15 @@ def test_one_of_many_small_differences_is_no_alarm():
     then = [row(split=str(i)) for i in range(10)]
     now = [row(split=str(i), value=0.5 + (0.168 if i == 3 else 0)) for i in range(10)]
     assert p_of(then[3], now[3], 0.95) == pytest.approx(0.02, abs=0.002)
-    assert not any(change.differs for change in changes(then, now))
-    assert changes(then[3:4], now[3:4])[0].differs
+    assert not any(change.differs for change in changes({"patch": then}, {"patch": now})["patch"])
+    assert changes({"patch": then[3:4]}, {"patch": now[3:4]})["patch"][0].differs
+
+
+def test_two_arms_have_no_more_false_alarms_than_one():
+    """p = 0.03 is told where it is the only one; with that of another arm, Holm's threshold is 0.025."""
+    then = {"base": [row()], "patch": [row()]}
+    now = {"base": [row()], "patch": [row(value=0.5 + 0.157)]}
+    assert p_of(then["patch"][0], now["patch"][0], 0.95) == pytest.approx(0.03, abs=0.002)
+    assert changes({"patch": then["patch"]}, {"patch": now["patch"]})["patch"][0].differs
+    found = changes(then, now)
+    assert list(found) == ["base", "patch"] and not found["patch"][0].differs

@@ -1,11 +1,14 @@
 """The history of audits: what is added, what is refused, and that the drawing shows it."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from policypatch.errors import PolicyPatchError
+from policypatch.report import history
 from policypatch.report.history import append, read
 
 
@@ -38,3 +41,12 @@ def test_a_row_that_is_no_entry_is_named_and_the_file_stays(tmp_path: Path):
     with pytest.raises(PolicyPatchError, match=r"audits\.jsonl, row 2: .* no patch"):
         append(path, entry(2, 0.1))
     assert path.read_bytes() == before
+
+
+def test_audits_that_end_at_once_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each reads what is there and writes it again with its own line: two at once would lose one."""
+    monkeypatch.setattr(history, "draw", lambda *_: time.sleep(0.02))
+    path = tmp_path / "new" / "audits.jsonl"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda month: append(path, entry(month, 0.1)), range(1, 9)))
+    assert sorted(found["when"][5:7] for found in read(path)) == [f"{month:02}" for month in range(1, 9)]
