@@ -22,19 +22,20 @@ class GenderBias(Risk):
 
     Args:
         words: word lists for GLD, `male` and `female`.
-        crows: the sentences of CrowS-Pairs in the order of their rows, `more` and `less` stereotypical.
+        crows: the sentences of CrowS-Pairs in the order of their rows, `more` and `less` stereotypical; None leaves
+            them out.
         shares: judges and metrics that count words which the filter counts, or which balanced rows exchange.
     """
 
     def __init__(
         self,
         words: Mapping[str, PromptSet],
-        crows: Mapping[str, PromptSet],
+        crows: Mapping[str, PromptSet] | None,
         shares: Sequence[str] = (),
         **options: Any,
     ):
         super().__init__(**options)
-        self.words, self.crows, self.shares = dict(words), dict(crows), tuple(shares)
+        self.words, self.crows, self.shares = dict(words), dict(crows or {}), tuple(shares)
 
     @cached_property
     def swaps(self) -> dict[str, str]:
@@ -55,13 +56,15 @@ class GenderBias(Risk):
         return male, female
 
     def probes(self, limit: int | None) -> list[Probe]:
-        """GAS and GLD on each set, then CrowS-Pairs, the whole of it."""
+        """GAS and GLD on each set, then CrowS-Pairs, the whole of it, unless it is left out."""
         male, female = self._lists()
         found: list[Probe] = []
         for split in self.evaluation:
             prompts = self.load(split, limit)
             found.append(SampledProbe(self.name, split, prompts, self.judges, ("gas",), threshold=self.threshold))
             found.append(NextWordProbe(split, prompts, male, female, self.name))
+        if not self.crows:
+            return found
         more, less = (self.crows[key].all_texts(f"risk.crows.{key}") for key in ("more", "less"))
         if len(more) != len(less):
             raise PolicyPatchError(

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
-from tiny_run import HashJudge
+from tiny_run import HashJudge, composed, overrides
 
 from policypatch.data.prompts import PromptSet
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.probes import CrowsPairsProbe, NextWordProbe, SampledProbe
+from policypatch.prepare import made
 from policypatch.risks import GenderBias
+from policypatch.settings import check
 
 CSV = "id,sent_more,sent_less,bias_type\n1,m1,l1,gender\n2,m2,l2,age\n3,m3,l3,gender\n4,m3,l4,gender\n"
 
@@ -54,6 +56,19 @@ def test_pairs_keep_the_order_of_their_rows_also_where_a_sentence_stands_twice(r
     limited = risk().probes(2)
     assert limited[-1].more == crows.more and limited[-1].less == crows.less  # all of them, whatever the limit
     assert len(limited[0].prompts) == len(limited[1].prompts) == 2
+
+
+def test_crows_pairs_can_be_left_out_also_by_the_config(risk, tiny_base_folder: Path, tmp_path: Path):
+    assert [type(probe) for probe in risk(crows=None).probes(None)] == [SampledProbe, NextWordProbe] * 2
+    without = [o for o in overrides(tiny_base_folder, tmp_path, "gender_bias") if ".crows." not in o]
+    cfg = composed([*without, "risk.crows=null"])
+    check(cfg)
+    assert not any(isinstance(probe, CrowsPairsProbe) for probe in made(cfg.risk, "risk").probes(None))
+    others = [o for o in overrides(tiny_base_folder, tmp_path, others="all") if ".crows." not in o]
+    cfg = composed([*others, "others.gender_bias.crows=null"])
+    check(cfg)
+    probes = made(cfg.others.gender_bias, "others.gender_bias").probes(None)
+    assert [type(probe) for probe in probes] == [SampledProbe, NextWordProbe]
 
 
 def test_sentences_that_do_not_pair_off_are_refused(risk):
