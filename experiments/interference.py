@@ -135,7 +135,7 @@ def matrix(cards: Sequence[Run], values: Sequence[Run]) -> list[Any]:
             row["cells"][column.title]["against"] = against
             if against is not None:
                 both = (seeds_values(values, arm, column, split) for arm in (row["stack"], against))
-                if (test := tested(*both)) is not None:
+                if (test := tested(*both, permutations=9_999)) is not None:  # enough for a column's few tests
                     tests[row["stack"]] = test
         differs = dict(zip(tests, holm([test.p_value for test in tests.values()], ALPHA), strict=True))
         for row in rows:

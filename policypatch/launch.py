@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policypatch import pipeline, ranks
 from policypatch.errors import PolicyPatchError
+from policypatch.files.cache import share_occasion
 from policypatch.files.disk import told
 from policypatch.settings import check
 
@@ -51,6 +52,7 @@ def start(
     if found is not None or wanted == 1:
         ranks.join(found, cfg.trainer.accelerator == "gpu")
         folder = ranks.gather(folder)[0]  # torchrun's ranks name theirs by the time, each by its own
+        share_occasion()
         with told(folder, f"started again in that folder (hydra.run.dir={folder}, or the same sweep) it goes on"):
             pipeline.run(cfg, folder, overrides, arguments)
         ranks.leave()

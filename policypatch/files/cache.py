@@ -75,6 +75,13 @@ def occasion(name: str | None = None) -> Iterator[None]:
             os.environ[_OCCASION] = before
 
 
+def share_occasion() -> None:
+    """Have all ranks be on the first one's occasion: a launcher's ranks have each begun one of their own."""
+    first = ranks.gather(os.environ.get(_OCCASION))[0]
+    if first is not None:
+        os.environ[_OCCASION] = first
+
+
 def _place(kind: str, key: str) -> Path:
     """Where an entry is, or will be."""
     if kind in MEASURED and (now := os.environ.get(_OCCASION)):

@@ -279,3 +279,12 @@ def test_what_is_measured_on_an_occasion_is_its_own_and_what_was_fetched_is_not(
         assert get("judgements") == now[0]
     assert made == ["judgements", "models", "judgements", "judgements"]
     assert not list(cache.cache_root().rglob(f"{cache.BEGUN}*"))
+
+
+def test_ranks_of_a_launcher_are_on_one_occasion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.ranks, "gather", lambda own: ["the first one's", own])
+    with cache.occasion("mine"):
+        cache.share_occasion()
+        made = cache.entry("judgements", "k", lambda folder: None)
+    with cache.occasion("the first one's"):
+        assert cache._place("judgements", "k") == made
