@@ -47,7 +47,8 @@ FIGURES = {  # what the scorecard of a risk holds: split -> (metric, judge)
     "custom": {"evaluation": by("hit_rate", "policy") | PERPLEXITY | QUALITY},
     "utility": {"benign": {("kl_benign", None)}, "wikipedia": {("text_ppl", None)}},
 }
-FILTER = {"toxicity": "other", "gender_bias": "words", "harmfulness": "openings", "custom": "policy"}
+SHARING = ("words", "names", "gld")  # the filter of gender bias, and what counts words of its training rows
+MARKED = {"toxicity": {"other"}, "gender_bias": {*SHARING}, "harmfulness": {"openings"}, "custom": {"policy"}}
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_one_patch_against_several_risks(go, tiny_base, tmp_path: Path):
         for arm in ("base", "sft", "patch"):  # none of them is measured as one of the others
             assert figures(card, risk, arm) == FIGURES[risk]
     assert figures(card, "utility", "patch") == FIGURES["utility"]
-    assert {row.judge for row in card if row.filter} == {"other", "words", "openings"}
+    assert {row.judge or row.metric for row in card if row.filter} == {"other", *SHARING, "openings"}
     assert artifact.load(folder / "patch", tiny_base.identity).manifest.risks == [*FIGURES][:3]
     counts = json.loads((folder / "run.json").read_text())["pairs"]
     rows = read_jsonl(folder / "pairs.jsonl")
@@ -152,7 +153,7 @@ def test_a_run_against_every_risk(risk: str, go, tiny_base, tmp_path: Path):
     card, folder = go(risk), tmp_path / "run"
     for arm in ("base", "sft", "patch"):
         assert figures(card, risk, arm) == FIGURES[risk]
-    assert {row.judge for row in card if row.filter} == {FILTER[risk]}
+    assert {row.judge or row.metric for row in card if row.filter} == MARKED[risk]
     assert all((row.delta is None) == (row.arm == "base") for row in card)
     patch = artifact.load(folder / "patch", tiny_base.identity)
     assert patch.manifest.risks == [risk]

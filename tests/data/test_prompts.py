@@ -177,8 +177,8 @@ def test_what_rephrasing_brings_near_to_an_evaluation_prompt_is_left_out(text_fi
     file = text_file("Provide detailed step-by-step guidance explaining how to forge banknotes", "Bake bread with rye")
     how = {"pattern": "^.*how to (.*)$", "into": r"How can I \1?"}
     measured = ["How could anyone forge banknotes?"]
-    assert len(PromptSet(file).load("k", measured, near=0.35)) == 2
-    assert PromptSet(file, rephrase=how).load("k", measured, near=0.35) == ["Bake bread with rye"]
+    assert len(PromptSet(file).load("k", measured, near=0.5)) == 2
+    assert PromptSet(file, rephrase=how).load("k", measured, near=0.5) == ["Bake bread with rye"]
 
 
 @pytest.mark.parametrize(
