@@ -125,7 +125,7 @@ def _install(model: PreTrainedModel) -> None:
     decoder = decoder_of(model)
     state.hooks = (
         decoder.register_forward_pre_hook(_shift, with_kwargs=True),
-        decoder.register_forward_hook(_stamp),
+        decoder.register_forward_hook(_stamp, with_kwargs=True),
     )
 
 
@@ -173,12 +173,12 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _stamp(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _stamp(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """A cache that the model has made itself is known from now on, and stands behind the stack."""
     if (cache := getattr(output, "past_key_values", None)) is not None:
         state: Applied = module.__dict__[STATE]
         state.stamp(cache)
-        if state.longest:
+        if state.longest and kwargs.get("past_key_values") is None:  # one that was given stands behind it already
             adopt(cache, state.front, state.depth)
 
 
