@@ -144,8 +144,8 @@ def _measured(
     ends = arms[1:] if isinstance(ready.method, Untrained) else arms[1:][-1:]
     asked = arms if cfg.evaluate.after_sft else [arms[0], *ends]
     with clock("evaluate"), told_by_row(cfg):
-        probes, marked = (ready.own, ready.others), (ready.marked, ready.marked_others)
-        scorecard = evaluate_arms(ready.bench(cfg), *probes, marked, asked, folder, [arms[0], *ends])
+        probes = ready.own, ready.others
+        scorecard = evaluate_arms(ready.bench(cfg), *probes, ready.marked, asked, folder, [arms[0], *ends])
     if ends:
         with clock("costs"):
             for arm in ends:

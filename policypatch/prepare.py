@@ -80,8 +80,8 @@ class Prepared:
         own: probes of these risks.
         others: probes of the other risks and of utility.
         plan: how arms are asked.
-        marked_others: as `marked`, of the other risks, where patches that were made before may have been trained
-            against them.
+        marked: of each risk that was or may have been trained against, the judges that choose its pairs, and what else
+            has a part in training (`Risk.shares`).
     """
 
     base: Base
@@ -91,17 +91,12 @@ class Prepared:
     own: list[Probe]
     others: list[Probe]
     plan: Plan
-    marked_others: list[str]
+    marked: dict[str, list[str]]
 
     @property
     def teachers(self) -> list[Teacher]:
         """Where pairs come from, one for each risk."""
         return [part.teacher for part in self.parts]
-
-    @property
-    def marked(self) -> list[str]:
-        """Judges that decide which pairs are trained on, and what else has a part in training (`Risk.shares`)."""
-        return [name for part in self.parts for name in (*part.teacher.filter_judges, *part.risk.shares)]
 
     def bench(self, cfg: DictConfig) -> Bench:
         """What arms are measured with."""
@@ -152,14 +147,15 @@ def prepare(cfg: DictConfig, vectors: int = 0) -> Prepared:
         check_prompts(cfg, base, part.risk, part.teacher, part.key, part.teacher_key)
     keys = {part.risk.name: part.key for part in parts}
     check_readings(cfg, keys, [*own, *others], plan, base, scorer, max(vectors, method.length))
-    marked = marked_of_others(cfg) if method.made_before or method.parents else []
+    marked = marked_of_others(cfg) if method.made_before or method.parents else {}
+    marked |= {part.risk.name: [*part.teacher.filter_judges, *part.risk.shares] for part in parts}
     return Prepared(base, scorer, parts, method, own, others, plan, marked)
 
 
-def marked_of_others(cfg: DictConfig) -> list[str]:
-    """What chooses the other risks' pairs, and what else has a part in their training."""
-    sections = list(cfg.others.values())
-    return [name for section in sections for key in ("filter", "shares") for name in section.get(key) or ()]
+def marked_of_others(cfg: DictConfig) -> dict[str, list[str]]:
+    """Of each other risk what chooses its pairs, and what else has a part in its training."""
+    sections = {section.get("name", key): section for key, section in cfg.others.items()}
+    return {risk: [*(of.get("filter") or ()), *(of.get("shares") or ())] for risk, of in sections.items()}
 
 
 def _parts(cfg: DictConfig) -> list[Part]:

@@ -125,17 +125,17 @@ def risk_overrides(risks: Sequence[str]) -> list[str]:
     return [f"risk=[{','.join(known)}]"] if len(known) > 1 else [f"risk={known_risk(risks)}"]
 
 
-def marked_of_any(cfg: Any, ready: Any) -> list[str]:
-    """What had a part in training against any risk: it is marked, and speaks only where nothing else does."""
+def marked_of_any(cfg: Any, ready: Any) -> dict[str, list[str]]:
+    """By risk, what has a part in training against it: it is marked, and speaks only where nothing else does."""
     from policypatch.prepare import marked_of_others
 
-    return sorted({*ready.marked, *marked_of_others(cfg)})
+    return marked_of_others(cfg) | ready.marked
 
 
-def filters_of_any(cfg: Any, ready: Any) -> list[str]:
-    """Judges that choose the training pairs of any risk."""
-    own = (name for part in ready.parts for name in part.teacher.filter_judges)
-    return sorted({*own, *(name for section in cfg.others.values() for name in section.get("filter") or ())})
+def filters_of_any(cfg: Any, ready: Any) -> dict[str, list[str]]:
+    """By risk, the judges that choose its training pairs."""
+    others = {section.get("name", key): list(section.get("filter") or ()) for key, section in cfg.others.items()}
+    return others | {part.risk.name: list(part.teacher.filter_judges) for part in ready.parts}
 
 
 def evaluate_settings(cfg: Any) -> Any:

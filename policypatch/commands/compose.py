@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,7 +85,10 @@ def compose(
             f"{unseen[0]} is measured by nothing here, so its patch would be left out: say by --objective what counts"
         )
     filters, marked = filters_of_any(cfg, ready), marked_of_any(cfg, ready)
-    wanted = [search.asked(aim, probes, filters, marked) for aim in aims or search.usual(risks, probes)]
+    wanted = [
+        search.asked(aim, probes, filters.get(aim.risk, ()), marked.get(aim.risk, ()))
+        for aim in aims or search.usual(risks, probes)
+    ]
     names = [str(one.aim) for one in wanted]
     told = _caveats(wanted, filters, marked)
 
@@ -159,12 +162,18 @@ def _ready(
     return cfg, prepare(cfg)
 
 
-def _caveats(wanted: Sequence[Asked], filters: Sequence[str], marked: Sequence[str]) -> list[str]:
+def _caveats(
+    wanted: Sequence[Asked], filters: Mapping[str, Sequence[str]], marked: Mapping[str, Sequence[str]]
+) -> list[str]:
     """What the figures must not be taken for: a sentence for each judge that had a part in training, and of halves."""
     told = []
     for one in wanted:
-        if (one.judge or one.aim.metric) in marked:
-            part = "chooses training pairs" if one.judge in filters else "counts what training pairs are chosen by"
+        if (one.judge or one.aim.metric) in marked.get(one.aim.risk, ()):
+            part = (
+                "chooses training pairs"
+                if one.judge in filters.get(one.aim.risk, ())
+                else "counts what training pairs are chosen by"
+            )
             told.append(f"{one.aim} is by {one.judge or 'itself'}, which {part}: no other is there")
     if any(one.aim.risk == "gender_bias" for one in wanted):
         told.append("both halves of gender_bias's prompts are about the same professions, in other sentences")
@@ -210,7 +219,11 @@ def _compared(
 
 
 def _rows(
-    wanted: Sequence[Asked], base: Sequence[Measured], stack: Sequence[Measured], marked: Sequence[str], bench: Bench
+    wanted: Sequence[Asked],
+    base: Sequence[Measured],
+    stack: Sequence[Measured],
+    marked: Mapping[str, Sequence[str]],
+    bench: Bench,
 ) -> list[dict[str, Any]]:
     """Scorecard rows of base and stack on the prompts that did not choose it."""
     from policypatch.evaluate.measure import rows_of
@@ -218,5 +231,6 @@ def _rows(
     rows = []
     for one, of_base, of_stack in zip(wanted, base, stack, strict=True):
         arms = {"base": [of_base], "stack": [of_stack]}
-        rows += [asdict(row) for row in rows_of(arms, one.aim.risk, one.probes[1].split, marked, bench.settings)]
+        of_training = marked.get(one.aim.risk, ())
+        rows += [asdict(row) for row in rows_of(arms, one.aim.risk, one.probes[1].split, of_training, bench.settings)]
     return rows

@@ -175,7 +175,7 @@ def _card(
     from policypatch.places import told_by_row
 
     arms = [Arm("base"), *(Arm(name, vectors=vectors) for name, vectors in patches.items())]
-    halves, marked = [half(probe, which) for probe in probes], (marked_of_any(cfg, ready), ())
+    halves, marked = [half(probe, which) for probe in probes], marked_of_any(cfg, ready)
     with told_by_row(cfg):
         return [asdict(row) for row in evaluate_arms(ready.bench(cfg), halves, [], marked, arms, folder)]
 

@@ -101,9 +101,9 @@ def squash(
     )
     vectors = squashed(ready.base, stack, length, rows, cfg.sft, cfg.trainer, work, seed, cfg.row_tokens)
     arms = [Arm("base"), Arm("stack", vectors=stack), Arm(ARM, vectors=vectors)]
-    probes, chosen_by = [*ready.own, *ready.others], marked_of_any(cfg, ready)
+    probes, marked = [*ready.own, *ready.others], marked_of_any(cfg, ready)
     with told_by_row(cfg):
-        card = [asdict(row) for row in evaluate_arms(ready.bench(cfg), probes, [], (chosen_by, ()), arms, work)]
+        card = [asdict(row) for row in evaluate_arms(ready.bench(cfg), probes, [], marked, arms, work)]
     values = read_json(work / PER_PROMPT)
     shares = kept(values, ARM, values, "stack", reducible(), ready.bench(cfg).settings)
     about |= {"rows": len(rows), "kept": [share.to_json() for share in shares]}

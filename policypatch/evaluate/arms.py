@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def evaluate_arms(
     bench: Bench,
     own: Sequence[Probe],
     others: Sequence[Probe],
-    marked: tuple[Sequence[str], Sequence[str]],
+    marked: Mapping[str, Collection[str]],
     arms: Sequence[Arm],
     folder: Path,
     ends: Sequence[Arm] | None = None,
@@ -32,7 +32,7 @@ def evaluate_arms(
         bench: what is measured with.
         own: probes of the risk that was trained against, for every arm.
         others: probes of the other risks and of utility, for `ends` alone.
-        marked: judges, and metrics without one, that had a part in training: of the own risk, and of the others.
+        marked: by risk, judges and metrics without one that had a part in training.
         arms: the first one is what the others are compared with.
         folder: the run folder.
         ends: of the arms, those that `others` are asked of; the first and the last.
@@ -45,13 +45,13 @@ def evaluate_arms(
     samples: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []
     try:
-        for probes, measured_arms, of_training in ((own, arms, marked[0]), (others, ends, marked[1])):
+        for probes, measured_arms in ((own, arms), (others, ends)):
             for probe in probes:
                 log.info("%s, %s", probe.risk, probe.split)
                 asked = [arm for arm in measured_arms if arm.has_likelihood or not probe.reads_probabilities]
                 outcomes = {arm.name: _asked(probe, bench, arm) for arm in asked}
                 measured = {arm: outcome.measured for arm, outcome in outcomes.items()}
-                rows += rows_of(measured, probe.risk, probe.split, of_training, bench.settings)
+                rows += rows_of(measured, probe.risk, probe.split, marked.get(probe.risk, ()), bench.settings)
                 values += values_of(measured, probe.risk, probe.split)
                 samples += [row for outcome in outcomes.values() for row in outcome.samples]
     finally:  # what was measured before a probe failed is not lost

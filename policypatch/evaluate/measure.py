@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ def filled(name: str, judge: str | None, metric: PerPromptMetric, values: torch.
 
 
 def rows_of(
-    arms: Mapping[str, Sequence[Measured]], risk: str, split: str, marked: Sequence[str], settings: Settings
+    arms: Mapping[str, Sequence[Measured]], risk: str, split: str, marked: Collection[str], settings: Settings
 ) -> list[Row]:
     """Scorecard rows of all arms; the first arm is the one the others are compared with, prompt by prompt.
 

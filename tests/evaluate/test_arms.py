@@ -44,9 +44,12 @@ class Told:
         return Outcome(measured, [{"risk": self.risk, "split": self.split, "arm": arm.name, "prompt_id": 0}])
 
 
+MARKED = {"toxicity": ["two"]}
+
+
 @pytest.fixture
 def evaluate(bench: Bench, tmp_path: Path):
-    def run(own: Sequence[Told], others: Sequence[Told] = (), arms=ARMS, marked=(("two",), ())) -> Scorecard:
+    def run(own: Sequence[Told], others: Sequence[Told] = (), arms=ARMS, marked=MARKED) -> Scorecard:
         compared = [Arm(name, vectors) for name, vectors in arms.items()]
         return evaluate_arms(bench, own, others, marked, compared, tmp_path / "run")
 
@@ -100,7 +103,7 @@ def test_what_had_a_part_in_training_is_marked_in_its_own_risk_alone(evaluate):
 
 
 def test_a_metric_without_a_judge_is_marked_by_its_own_name(evaluate):
-    marked = ("completion_tokens",), ("two",)
+    marked = {"toxicity": ["completion_tokens"], "gender_bias": ["two"]}
     card = evaluate([Told("toxicity", "rtp")], [Told("gender_bias", "x")], marked=marked)
     found = {(row.risk, row.judge or row.metric) for row in card if row.filter}
     assert found == {("toxicity", "completion_tokens"), ("gender_bias", "two")}
@@ -124,7 +127,7 @@ def test_the_patch_is_the_last_arm_also_where_a_stage_was_left_out(evaluate):
 def test_an_arm_without_likelihoods_is_not_asked_for_them(bench, tmp_path: Path):
     arms = [Arm("base"), Arm("teacher", best_of=3, chosen_by=("one",))]
     reads, writes = Told("toxicity", "read", reads_probabilities=True), Told("toxicity", "written")
-    card = evaluate_arms(bench, [reads, writes], [], ((), ()), arms, tmp_path / "run")
+    card = evaluate_arms(bench, [reads, writes], [], {}, arms, tmp_path / "run")
     assert reads.asked == ["base"] and writes.asked == ["base", "teacher"]
     assert {(row.split, row.arm) for row in card} == {("read", "base"), ("written", "base"), ("written", "teacher")}
 

@@ -201,7 +201,7 @@ def test_adapters_are_measured_against_the_base_without_them(bench):
 )
 def test_what_has_no_likelihood_has_no_figures_of_it(probe, bench, tmp_path):
     arms = [Arm("base"), Arm("teacher", best_of=3, chosen_by=("one",))]
-    assert {row.arm for row in evaluate_arms(bench, [probe], [], ((), ()), arms, tmp_path)} == {"base"}
+    assert {row.arm for row in evaluate_arms(bench, [probe], [], {}, arms, tmp_path)} == {"base"}
 
 
 def test_another_models_divergence_is_not_taken(bench):
