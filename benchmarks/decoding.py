@@ -17,7 +17,7 @@ from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.timing import Spread, in_turn, ratio, spread
+from benchmarks.timing import Spread, bracketed, spread
 from benchmarks.workload import Workload
 from policypatch.model.applied import apply, remove
 from policypatch.model.base import Base
@@ -122,7 +122,7 @@ def overhead(load: Load, repeats: int, new_tokens: int = NEW_TOKENS) -> dict[str
 
 
 def sampling(base: Base, repeats: int, new_tokens: int = SAMPLED_TOKENS) -> dict[str, Spread]:
-    """Tokens per second of both ways, and the ratio ours / generate of neighbouring runs."""
+    """Tokens per second of both ways, and the time of generate / ours before and after it."""
     random = torch.Generator().manual_seed(0)
     prompts = torch.randint(100, len(base.tokenizer), (SAMPLED_PROMPTS, Workload.prompt), generator=random)
     patch = base.embedding[torch.randint(0, len(base.tokenizer), (PATCH,), generator=random)].detach()
@@ -147,7 +147,10 @@ def sampling(base: Base, repeats: int, new_tokens: int = SAMPLED_TOKENS) -> dict
         )
 
     with torch.inference_mode():
-        seconds = in_turn({"ours": ours, "generate": theirs}, repeats)
+        own, seconds, ratios = bracketed(lambda _: ours(), {"generate": lambda _: theirs()}, repeats)
     tokens = SAMPLED_PROMPTS * SAMPLES * new_tokens
-    rates = {f"{name}_tokens_per_s": spread([tokens / s for s in of]) for name, of in seconds.items()}
-    return rates | {"ratio": ratio(seconds["generate"], seconds["ours"])}
+    return {
+        "ours_tokens_per_s": spread([tokens / s for runs in own for s in runs]),
+        "generate_tokens_per_s": spread([tokens / s for s in seconds["generate"]]),
+        "ratio": spread(ratios["generate"]),
+    }

@@ -26,14 +26,14 @@ class Side(ABC):
     def loss_of(self, batch: int) -> float:
         """The loss of a batch, by its number, with its gradient added to that of `vectors`."""
 
-    def step(self) -> float:
-        """The loss before the step."""
-        loss = self.backward()
+    def step(self, batch: int | None = None) -> float:
+        """The loss before the step, on the batch of this number or on the one whose turn it is."""
+        loss = self.backward(batch)
         self._optimiser.step()
         self._taken += 1
         return loss
 
-    def backward(self) -> float:
-        """The loss of the batch whose turn it is; its gradient is in `vectors` then, and nothing has moved."""
+    def backward(self, batch: int | None = None) -> float:
+        """The loss of that batch; its gradient is in `vectors` then, and nothing has moved."""
         self._optimiser.zero_grad()
-        return self.loss_of(self._taken % self._batches)
+        return self.loss_of((self._taken if batch is None else batch) % self._batches)

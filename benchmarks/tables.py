@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import Spread, spread
+from benchmarks.workload import Workload
 
 
 def quoted(found: dict[str, Any]) -> dict[str, Spread]:
@@ -31,8 +32,19 @@ def quoted(found: dict[str, Any]) -> dict[str, Spread]:
         if vs_peft := found["overhead"]["patched"].get("per_token_vs_peft"):  # no figures from before it have it
             named["decode.patched_vs_peft"] = vs_peft
         named["decode.first_token_patched"] = found["overhead"]["patched"]["first_token"]
+    if "sampling" in found:
         named["decode.sampling_ratio_vs_generate"] = found["sampling"]["ratio"]
+    if patches := found.get("growth", {}).get("patch"):
+        named["dpo.patch_growth_vs_own_tokens"] = spread([own_growth(patches)])
     return named
+
+
+def own_growth(patches: Mapping[str, Mapping[str, Any]]) -> float:
+    """What a vector more costs / what an average token of the usual step costs: medians, least to longest patch."""
+    sizes = sorted(patches, key=int)
+    least, most, usual = (patches[size] for size in (sizes[0], sizes[-1], str(Workload.patch)))
+    vector = (most["seconds"]["median"] - least["seconds"]["median"]) / (int(sizes[-1]) - int(sizes[0]))
+    return float(vector / (usual["seconds"]["median"] / usual["tokens"]))
 
 
 def amounts(found: Mapping[str, Any]) -> dict[str, Spread]:
@@ -41,7 +53,7 @@ def amounts(found: Mapping[str, Any]) -> dict[str, Spread]:
     for stage in ("sft", "dpo"):
         if of := found.get(stage):
             named |= {f"{stage}, a step, {side}, s": seconds for side, seconds in of["seconds"].items()}
-            named[f"{stage}, a step, floor, s"] = spread([of["floor_s"]])
+            named[f"{stage}, a step, floor, s"] = of["floor_s"]
             named[f"{stage}, tokens a second, ours"] = of["tokens_per_s"]
             named[f"{stage}, padding of the tokens read, %"] = spread([100 * of["padding_share"]])
         peaks, steps = found.get("peak_bytes", {}).get(stage, {}), found.get(stage, {}).get("step_bytes", {})

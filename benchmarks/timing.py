@@ -1,4 +1,4 @@
-"""Timing two ways of the same work in turn: the machine's noise hits both alike, so the ratio of neighbours counts."""
+"""Timing two ways of the same work in turn: the machine's noise hits both alike, so ratios of neighbours count."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -50,6 +51,29 @@ def in_turn(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict
     return seconds
 
 
-def ratio(of: Sequence[float], to: Sequence[float]) -> Spread:
-    """Of neighbouring runs."""
-    return spread([a / b for a, b in zip(of, to, strict=True)])
+def bracketed(
+    ours: Callable[[int], object], others: Mapping[str, Callable[[int], object]], repeats: int
+) -> tuple[list[list[float]], dict[str, list[float]], dict[str, list[float]]]:
+    """Ours before and after every other one, whose time is held against the mean of the two.
+
+    Everything is called with the number of the turn, 0 being one that allocates and does not count.
+
+    Returns:
+        seconds of ours, a list for each turn; seconds of the others; how many times ours each of these took.
+    """
+    own: list[list[float]] = []
+    seconds: dict[str, list[float]] = {name: [] for name in others}
+    ratios: dict[str, list[float]] = {name: [] for name in others}
+    for turn in range(repeats + 1):
+        gc.collect()
+        runs = [timed(partial(ours, turn))]
+        taken = {}
+        for name, other in others.items():
+            taken[name] = timed(partial(other, turn))
+            runs.append(timed(partial(ours, turn)))
+        if turn:
+            own.append(runs)
+            for (name, of), before, after in zip(taken.items(), runs[:-1], runs[1:], strict=True):
+                seconds[name].append(of)
+                ratios[name].append(2 * of / (before + after))
+    return own, seconds, ratios

@@ -96,13 +96,13 @@ def record(
         "seconds": seconds,
         "threads": torch.get_num_threads(),
         "versions": packages(*PACKAGES),
-        "commit": _commit(),
+        "commit": commit(),
         "pairs": {} if pair_set is None else pair_set.counts,
         "cache": counters(),
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, with a mark where files differ from it; None where this is none."""
     if not (CONF.parent / ".git").exists():
         return None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from policypatch.methods import Method, Trained, Untrained
 from policypatch.model.base import Base
 from policypatch.model.judging import judged
 from policypatch.model.load import load_base
+from policypatch.model.packed import can_compile
 from policypatch.model.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -116,8 +115,7 @@ def prepare(cfg: DictConfig, vectors: int = 0) -> Prepared:
     """
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise PolicyPatchError("trainer=gpu needs a CUDA GPU, and there is none: use trainer=cpu")
-    compilers = (os.environ.get("CXX"), "g++", "clang++")
-    if cfg.trainer.compile and cfg.trainer.accelerator == "cpu" and not any(c and shutil.which(c) for c in compilers):
+    if cfg.trainer.compile and not can_compile("cpu" if cfg.trainer.accelerator == "cpu" else "cuda"):
         raise PolicyPatchError(
             "trainer.compile needs a C++ compiler, and there is none: install g++ or set it to false"
         )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_run import ROOT
 
+from policypatch.files.atomic import read_json
 from policypatch.model.base import Base
 from policypatch.model.load import load_base
 
@@ -21,10 +22,10 @@ from benchmarks.figure import draw_growth
 from benchmarks.floor import operations
 from benchmarks.ours import Ours
 from benchmarks.shapes import SHAPES, SMOLLM2, Shape
-from benchmarks.tables import amounts, quoted, show
+from benchmarks.tables import amounts, own_growth, quoted, show
 from benchmarks.theirs import Theirs
-from benchmarks.timing import in_turn, ratio
-from benchmarks.training import agreement, followed
+from benchmarks.timing import bracketed, in_turn
+from benchmarks.training import GROWTH, agreed, agreement, both, followed, growth, stage
 from benchmarks.workload import Workload
 
 WORK = Workload(pairs=3, prompt=8, completion=5, patch=4)
@@ -84,11 +85,71 @@ def test_operations_by_hand(load):
     assert operations(base.model, tree, 4) == 4 * (tokens * layers * layer + 3 * 2 * 5 * words * width)
 
 
-def test_a_ratio_is_of_neighbours():
-    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+def test_ours_stands_before_and_after_everything(monkeypatch: pytest.MonkeyPatch):
+    calls: list[tuple[str, int]] = []
+    clock = iter([9, 9, 9, 9, 9, 1, 6, 3, 10, 1, 3, 8, 5, 5, 5])
+
+    def timed(function) -> float:
+        function()
+        return float(next(clock))
+
+    monkeypatch.setattr("benchmarks.timing.timed", timed)
+    others = {name: partial(lambda name, turn: calls.append((name, turn)), name) for name in "ab"}
+    own, seconds, ratios = bracketed(lambda turn: calls.append(("ours", turn)), others, 2)
+    assert calls == [(name, turn) for turn in range(3) for name in ("ours", "a", "ours", "b", "ours")]
+    assert own == [[1, 3, 1], [3, 5, 5]] and seconds == {"a": [6, 8], "b": [10, 5]}
+    assert ratios == {"a": [6 / 2, 8 / 4], "b": [10 / 2, 5 / 5]}
+
+
+def test_sizes_are_timed_in_turn():
     calls: list[str] = []
     seconds = in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == ["a", "b", "a", "b", "b", "a"] and [len(of) for of in seconds.values()] == [2, 2]
+
+
+@pytest.mark.parametrize("broken", [lambda loss: loss + 0.01, lambda loss: loss * float("nan")])
+def test_sides_that_disagree_are_not_timed(broken, load, monkeypatch: pytest.MonkeyPatch):
+    ours, theirs = both(load, WORK, "sft")
+    assert max(agreed(ours, theirs, "sft").values()) < 1e-3
+    loss_of = theirs.loss_of
+    monkeypatch.setattr(theirs, "loss_of", lambda batch: broken(loss_of(batch)))
+    with pytest.raises(SystemExit, match="disagree"):
+        agreed(ours, theirs, "sft")
+
+
+def test_every_side_of_a_stage_is_timed(load, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("benchmarks.training.can_compile", lambda device: False)  # which takes half a minute
+    found = stage(load, WORK, "dpo", 2)
+    theirs = {"trl", "trl_precomputed", "trl_without_checkpointing", "trl_precomputed_without_checkpointing"}
+    assert set(found["ratio"]) == theirs and set(found["seconds"]) == {"ours", *theirs}
+    assert found["floor_share"]["max"] > 0 and found["tokens"]["min"] > WORK.patch
+    assert max(found["agreement"].values()) < 1e-4
+
+
+def test_a_step_is_timed_as_its_parts_grow(load, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("benchmarks.training.GROWTH", dict.fromkeys(GROWTH, (1, 4)))
+    found = growth(load, WORK, 1)
+    assert set(found) == {"pairs", "prompt", "completion", "patch"}
+    assert found["patch"]["4"]["tokens"] - found["patch"]["1"]["tokens"] == 3
+
+
+def test_what_a_vector_costs_by_hand():
+    """A second for 99 vectors more; a token of the usual step takes 2 / 200 of one: 1 / 99 to 1 / 100."""
+    sizes = {
+        size: {"seconds": {"median": seconds}, "tokens": tokens}
+        for size, seconds, tokens in (("1", 1.5, 151), ("50", 2.0, 200), ("100", 2.5, 250))
+    }
+    assert own_growth(sizes) == pytest.approx(100 / 99)
+
+
+def test_the_newest_results_have_what_is_quoted():
+    newest = read_json(ROOT / "benchmarks" / "results" / "latest.json")
+    stages = ("step_ratio_vs_trl", "floor_share", "peak_memory_ratio")
+    named = [f"{stage}.{name}" for stage in ("sft", "dpo") for name in stages]
+    named += ["dpo.step_ratio_vs_trl_precomputed", "decode.sampling_ratio_vs_generate"]
+    named += [f"decode.overhead_{way}" for way in ("patched", "peft", "lora_unmerged", "lora_merged")]
+    for name in named:
+        assert 0 < newest[name]["min"] <= newest[name]["median"] <= newest[name]["max"]
 
 
 def test_every_way_of_answering_is_timed(load):
@@ -101,7 +162,7 @@ def test_every_way_of_answering_is_timed(load):
 
 def test_what_was_found_is_quoted_and_shown(capsys: pytest.CaptureFixture):
     one, two = ({"median": x, "min": x, "max": x} for x in (1.0, 2.0))
-    stage = {"seconds": {"ours": one, "trl": two}, "ratio": {"trl": two}, "floor_s": 0.5, "floor_share": one}
+    stage = {"seconds": {"ours": one, "trl": two}, "ratio": {"trl": two}, "floor_s": one, "floor_share": one}
     stage |= {"tokens_per_s": one, "padding_share": 0.25}
     ways = {name: {"first_token": one, "per_token": two, "seconds_per_token": one} for name in ("plain", "patched")}
     found = {
@@ -138,6 +199,7 @@ def test_no_side_holds_the_packages_of_the_other():
 def test_growth_is_drawn(tmp_path: Path):
     spread = {"median": 1.0, "min": 0.5, "max": 2.0}
     sizes = {size: {"seconds": spread, "floor_s": 0.4} for size in ("1", "10")}
+    sizes |= {"50": {"seconds": spread, "floor_s": 0.4, "tokens": 100}}
     draw_growth({"pairs": sizes, "patch": sizes}, tmp_path / "growth.svg")
     assert ET.parse(tmp_path / "growth.svg").getroot().tag.endswith("svg")
 

@@ -5,6 +5,8 @@ Nothing that a layer is given changes while it runs, so that its activations may
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -20,6 +22,12 @@ from policypatch.model.over_root import can_stand_over_root, over_root
 from policypatch.model.parts import decoder_of, layers_of
 
 COMPILED = "_policypatch_compiled"  # a layer's attribute
+
+
+def can_compile(device: str) -> bool:
+    """Whether layers can be compiled for a device of this type: a CPU takes a C++ compiler."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    return device != "cpu" or any(compiler and shutil.which(compiler) for compiler in compilers)
 
 
 def packed_states(
