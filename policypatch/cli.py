@@ -84,7 +84,7 @@ def cache(
     kind: Annotated[str | None, typer.Option(help="only of this kind")] = None,
     older_than_days: Annotated[float | None, typer.Option(help="only what was last used longer ago", min=0)] = None,
 ) -> None:
-    """Say what the cache holds, by kind; with --clean, remove it."""
+    """Say what the cache holds, by kind; with --clean, remove it: while runs go on, only with --older-than-days."""
     from policypatch.files import upkeep as kept
     from policypatch.files.cache import cache_root
     from policypatch.report.costs import size

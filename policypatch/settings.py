@@ -40,6 +40,7 @@ NUMBERS: dict[str, Number] = {
     "decode_rows": Number(least=1, whole=True),
     "row_tokens": Number(least=16, whole=True),
     "trainer.num_nodes": Number(least=1, whole=True),
+    "trainer.head_logits": Number(least=1, whole=True, null=True),
     "trainer.threads": Number(least=1, whole=True, null=True),
     "trainer.checkpoint_every": Number(least=1, whole=True),
     "trainer.validate_every": Number(least=1, whole=True),

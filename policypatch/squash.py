@@ -120,7 +120,6 @@ def squashed(
     """
     backbone = PrefixBackbone(base.model, shortened(stack, length), row_tokens)
     backbone.anchor = stack
-    backbone.recompute, backbone.compiled = trainer.recompute, trainer.compile
     module = SquashModule(backbone, optimisation(stage))
     data = PairData(rows, stage.batch_size, stage.steps, seed, 1, backbone.tree, held_out=0.1)
     run_stage(module, data, stage, trainer, folder, [])

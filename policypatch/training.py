@@ -54,7 +54,6 @@ def trained_arms(
         save_pairs(folder / "pairs.jsonl", pair_set.pairs)
         examples = _encoded(cfg, base, pair_set)
     backbone = method.start(base, cfg.seed, cfg.row_tokens)
-    backbone.recompute, backbone.compiled = cfg.trainer.recompute, cfg.trainer.compile
     if cfg.sft.enabled:
         with clock("sft"):
             sft = SFTModule(backbone, optimisation(cfg.sft), _weights(cfg))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,7 +26,8 @@ def usage() -> list[tuple[str, int, int]]:
 def clean(kind: str | None = None, older_than_days: float | None = None) -> int:
     """Remove entries (of one kind; last used longer ago than that) and say how many bytes were freed.
 
-    What killed runs left behind goes too. An entry that another run is making is left alone.
+    What killed runs left behind goes too. An entry that another run is making is left alone; one that a run has found
+    and is about to read is not, so what runs that go on may use has to be told by its age.
     """
     limit = None if older_than_days is None else time.time() - older_than_days * 86400
     freed = 0
@@ -76,7 +78,8 @@ def _last_used(folder: Path) -> float:
 def _size(paths: Sequence[Path]) -> int:
     total = 0
     for path in paths:
-        for file in [path, *path.rglob("*")]:
-            with suppress(OSError):  # it may vanish under another run's hands
-                total += file.lstat().st_size if not file.is_dir() else 0
+        within = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+        for file in within if path.is_dir() else [path]:
+            with suppress(OSError):  # it may vanish under another run's hands, as folders may, which walk leaves out
+                total += file.lstat().st_size
     return total

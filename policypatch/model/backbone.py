@@ -42,6 +42,7 @@ class PrefixBackbone(nn.Module):
         recompute: a layer's activations are computed again in the backward pass rather than kept. With adapters that
             are switched (`policypatch.model.lora`) the switch has to stay as it was until then (`at_work`).
         compiled: layers run as torch.compile makes them.
+        head_logits: how many are computed at once, see `policypatch.model.head`; None for what suits the device.
         anchor: (A, D) what stands before that which the patched base is compared with; None: nothing, it is the base.
         reference: (R, D) what DPO's reference has in the patch's place; None where it is no patch.
     """
@@ -60,6 +61,7 @@ class PrefixBackbone(nn.Module):
         self.patch = nn.Parameter(vectors.detach().clone().float())
         self.max_row_tokens = max_row_tokens
         self.recompute = self.compiled = False
+        self.head_logits: int | None = None
         self.anchor: Tensor | None = None
         self.reference: Tensor | None = None
 
@@ -97,7 +99,7 @@ class PrefixBackbone(nn.Module):
 
     def completion_logprobs(self, tree: Tree) -> Tensor:
         """Log-probability of each completion token: (N,) float32, in the order of `tree.targets`."""
-        return token_logprobs(self.model, self.hidden(tree), tree.targets)
+        return token_logprobs(self.model, self.hidden(tree), tree.targets, self.head_logits)
 
     def sequence_logprobs(self, tree: Tree) -> Tensor:
         """Summed log-probability of each completion: (S,) float32."""
@@ -117,7 +119,7 @@ class PrefixBackbone(nn.Module):
         """
         states = self.hidden(tree)
         kl = self._divergence(states[torch.isin(tree.sequence, anchored)], base_tree)
-        return token_logprobs(self.model, states, tree.targets), kl
+        return token_logprobs(self.model, states, tree.targets, self.head_logits), kl
 
     def divergence(self, tree: Tree, base_tree: Tree | None = None) -> Tensor:
         """Mean KL(base || patched) per token of each completion: (S,) float32, in nats.
@@ -130,7 +132,7 @@ class PrefixBackbone(nn.Module):
         """The same from the patched base's states (N, D) at what `base_tree` holds."""
         with torch.no_grad():
             base_states = self.base_hidden(base_tree)
-        kl = token_divergence(self.model, states, base_states)
+        kl = token_divergence(self.model, states, base_states, self.head_logits)
         return sum_by_sequence(kl, base_tree) / torch.bincount(base_tree.sequence, minlength=base_tree.sequences)
 
     def hidden(self, tree: Tree) -> Tensor:

@@ -64,7 +64,7 @@ class CompanyBackbone(PrefixBackbone):
         if self.reference is None or not (self._before or self._behind):
             return None
         states = self._hidden(tree, self._among(self.reference.to(self.patch.device)))
-        return sum_by_sequence(token_logprobs(self.model, states, tree.targets), tree)
+        return sum_by_sequence(token_logprobs(self.model, states, tree.targets, self.head_logits), tree)
 
     def _among(self, vectors: Tensor) -> Tensor:
         return torch.cat([*self._before, vectors, *self._behind])

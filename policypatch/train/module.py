@@ -83,7 +83,7 @@ class StageModule(L.LightningModule, ABC):
         self.backbone = backbone
         self.optimisation = optimisation
         self.logged: set[str] = set()  # this step's figures: not every batch has all
-        self.tokens = self.padding = 0  # that went through the model in training, and how many of them were none
+        self.tokens = self.padding = 0  # of the trees that this attempt has trained on, and how many of them were none
 
     def configure_optimizers(self) -> Any:
         """AdamW on the trainable tensors with the stage's schedule, stepped at every optimiser step."""

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -142,7 +143,9 @@ def run_stage(
     Raises:
         PolicyPatchError: a loss was not finite; its batch and tensors lie beside the stage's checkpoints then.
     """
-    device = module.backbone.model.device
+    backbone, device = module.backbone, module.backbone.model.device
+    backbone.recompute, backbone.compiled = trainer_cfg.recompute, trainer_cfg.compile
+    backbone.head_logits = trainer_cfg.head_logits
     last = folder / "checkpoints" / module.stage / LAST
     validated = trainer_cfg.validate_every if data.validation else 0
     figures, cost = MetricsCsv(folder / "metrics.csv", module.stage), Cost(device)
@@ -179,16 +182,18 @@ def run_stage(
     with warnings.catch_warnings():
         # Lightning cannot see that the loader starts where the checkpoint stopped.
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        started = time.monotonic()
         try:
-            with module.backbone.at_work():
+            with backbone.at_work():
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         except NotFiniteError as error:
             raise PolicyPatchError(f"{error}; {_evidence(error, module, last.parent)} has the batch") from error
         finally:
             torch.use_deterministic_algorithms(False)  # a setting of the whole process, which sampling on a GPU refuses
     if module.tokens:
-        share = module.padding / module.tokens
-        log.info("%s: %d tokens, %.1f %% of them padding", module.stage, module.tokens, 100 * share)
+        share, seconds = module.padding / module.tokens, time.monotonic() - started
+        report = "%s: %d tokens, %.1f %% of them padding, in %.0f s with what validation takes, %.0f a second"
+        log.info(report, module.stage, module.tokens, 100 * share, seconds, module.tokens / seconds)
     cost.save(last.parent)
     trainer.save_checkpoint(last)  # a run that is interrupted later does not train this stage again
     module.to(device)  # Lightning leaves a module, and with it the frozen base, on the CPU

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,12 +82,13 @@ def summed(table) -> Callable[..., torch.Tensor]:
 def fit() -> Callable[..., int]:
     """fit(module, data, folder) -> the step at which the stage ended."""
 
-    def run(module: StageModule, data: PairData, folder: Path, every: int = 4, clip: float = 1.0) -> int:
+    def run(
+        module: StageModule, data: PairData, folder: Path, every: int = 4, clip: float = 1.0, **options: Any
+    ) -> int:
         folder.mkdir(exist_ok=True)
         stage = OmegaConf.create({"steps": data.steps, "clip": clip})
-        trainer = OmegaConf.create(
-            {"accelerator": "cpu", "num_nodes": 1, "checkpoint_every": every, "validate_every": 3}
-        )
-        return run_stage(module, data, stage, trainer, folder, [])
+        trainer = {"accelerator": "cpu", "num_nodes": 1, "checkpoint_every": every, "validate_every": 3}
+        trainer |= {"recompute": False, "compile": False, "head_logits": None} | options
+        return run_stage(module, data, stage, OmegaConf.create(trainer), folder, [])
 
     return run

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from policypatch.data.datamodule import Example, PairData
 from policypatch.errors import PolicyPatchError
+from policypatch.model import head
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.logprobs import item_logprobs
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
@@ -65,6 +66,7 @@ def train(fit, new_backbone, tiny_base, rows) -> Train:
         held_out: float = 0.0,
         kl_weight: float = 0.0,
         start: torch.Tensor | None = None,
+        trainer: dict[str, object] | None = None,
         **options,
     ) -> Recorded:
         backbone = new_backbone() if start is None else PrefixBackbone(tiny_base.model, start, 64)
@@ -79,7 +81,7 @@ def train(fit, new_backbone, tiny_base, rows) -> Train:
             )
         completions = 1 if stage == "sft" else 2
         data = PairData(examples, 4, steps, 3, completions, backbone.tree, reference, held_out, **options)
-        fit(module, data, folder)
+        fit(module, data, folder, **(trainer or {}))
         return module
 
     return run
@@ -112,6 +114,24 @@ def test_a_stage_lowers_its_loss_and_moves_the_patch_alone(stage: str, train, ne
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in tiny_base.model.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in tiny_base.model.parameters())
     assert not tiny_base.model.training
+
+
+def test_the_head_is_read_in_blocks_of_the_size_that_is_asked_for(train, monkeypatch, mixed, tmp_path):
+    sizes, whole = set(), head._blocks
+
+    def blocks(model, states, at_once):
+        for weight, logits in whole(model, states, at_once):
+            sizes.add(len(weight))
+            yield weight, logits
+
+    monkeypatch.setattr(head, "_blocks", blocks)
+    monkeypatch.setattr(head, "LEAST", 8)
+    module = train("sft", tmp_path / "whole", steps=3, examples=mixed, kl_weight=0.5)
+    (vocabulary,) = sizes
+    sizes.clear()
+    other = train("sft", tmp_path / "blocks", steps=3, examples=mixed, kl_weight=0.5, trainer={"head_logits": 1})
+    assert max(sizes) == 8 < vocabulary
+    torch.testing.assert_close(patch_of(other), patch_of(module), rtol=1e-3, atol=1e-4)
 
 
 def test_dpo_learns_to_prefer_the_chosen_side(train, tmp_path):
