@@ -4,11 +4,12 @@
 
 About three minutes. Starts `policypatch serve` for the default base in float32 and asks each request (model x kind x
 prompt) alone first: whole chats, streamed chats, and texts that are continued by sampling with a seed. Then the server
-is warmed up: for every stack all rows read at once what takes more positions than any request to come. Then
-each client asks one request after the other, by the official `openai` client, as fast as it is answered, while the
-server's memory is read once a second. The same follows for a third of the time on a server where `--waiting 4` makes
-it answer 429. Writes benchmarks/results/serving.json; exits with 1 where a reply was wrong, another request's, or an
-error other than 429, where memory grew, where 429 was not seen when it should be, or a server did not end in peace.
+is warmed up: every prompt comes twice in a row, and for every stack all rows read at once what takes more positions
+than any request to come. Then each client asks one request after the other, by the official `openai` client, as fast as
+it is answered, while the server's memory is read once a second. The same follows for a third of the time on a server
+where `--waiting 4` makes it answer 429. Writes benchmarks/results/serving.json; exits with 1 where a reply was wrong,
+another request's, or an error other than 429, where memory grew, where 429 was not seen when it should be, or a server
+did not end in peace.
 """
 
 from __future__ import annotations
@@ -110,8 +111,17 @@ def requests_of(models: Sequence[str]) -> list[Request]:
     ]
 
 
-def warm_up(address: str, models: Sequence[str], clients: int) -> None:
-    """Have every row filled behind every stack, and every client's connection and thread made once."""
+def warm_up(address: str, requests: Sequence[Request], clients: int) -> None:
+    """Have every row filled behind every stack, every beginning kept, every client's connection and thread made once.
+
+    What a stack's last two prompts begin with is kept, up to a bound, so a prompt that comes twice in a row is kept
+    whole: each of them does here.
+    """
+    with client_of(address) as client:
+        for request in requests:
+            for _ in range(2):
+                asked(client, request._replace(tokens=1))
+    models = list(dict.fromkeys(request.model for request in requests))
     for model in models:  # prompts that differ from their first word on: none is spared reading it by another
         at_once(address, [Request(model, "text", f"{i}. {LONG}", LONG_ANSWER) for i in range(ROWS)])
     at_once(address, [Request(models[0], "chat", PROMPTS[0], 1)] * clients)
@@ -148,7 +158,7 @@ def main() -> None:
     with serving(arguments.patches, WAITING) as server:
         with client_of(server.address) as client:
             alone = {request: asked(client, request) for request in requests_of(models)}
-        warm_up(server.address, models, arguments.clients)
+        warm_up(server.address, [*alone], arguments.clients)
         crowd = Crowd(server.address, alone)
         readings = crowd.ask(arguments.clients, arguments.seconds, server.memory)
     with serving(arguments.patches, FEW) as busy:
