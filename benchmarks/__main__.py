@@ -110,10 +110,11 @@ def main() -> None:
         results = known  # of the same machine and packages: parts that are not measured now stay as they are
     if "training" in parts:
         results["agreement"] = compared(shape)
+    when = now()
     for dtype in dtypes:
         found: dict[str, Any] = {}
         for found in measured(shape, dtype, parts, arguments.repeats, arguments.new_tokens):
-            told = results.get(dtype, {}).get("measured", {}) | {part: now() for part in found}
+            told = results.get(dtype, {}).get("measured", {}) | dict.fromkeys(found, when)
             results[dtype] = results.get(dtype, {}) | found | {"measured": told}
             if dtype == ("bfloat16" if shape else "float32"):
                 results |= quoted(found)

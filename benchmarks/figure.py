@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.workload import Workload
+from benchmarks.tables import average_token
 from policypatch.files.atomic import atomic_path
 
 NAMES = {
@@ -32,8 +32,7 @@ def draw_growth(growth: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.plot(x, [s["median"] for s in seconds], "o-", label="a DPO step")
         axes.plot(x, [of["floor_s"] for of in sizes.values()], "--", color="0.5", label="its matrix products alone")
         if part == "patch":
-            usual = sizes[str(Workload.patch)]
-            token = usual["seconds"]["median"] / usual["tokens"]
+            token = average_token(sizes)
             axes.plot(x, [seconds[0]["median"] + token * (n - x[0]) for n in x], ":", label="its own tokens more")
             axes.legend(frameon=False)
         axes.set_xlabel(NAMES[part])

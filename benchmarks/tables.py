@@ -42,9 +42,14 @@ def quoted(found: dict[str, Any]) -> dict[str, Spread]:
 def own_growth(patches: Mapping[str, Mapping[str, Any]]) -> float:
     """What a vector more costs / what an average token of the usual step costs: medians, least to longest patch."""
     sizes = sorted(patches, key=int)
-    least, most, usual = (patches[size] for size in (sizes[0], sizes[-1], str(Workload.patch)))
-    vector = (most["seconds"]["median"] - least["seconds"]["median"]) / (int(sizes[-1]) - int(sizes[0]))
-    return float(vector / (usual["seconds"]["median"] / usual["tokens"]))
+    least, most = (patches[size]["seconds"]["median"] for size in (sizes[0], sizes[-1]))
+    return (most - least) / (int(sizes[-1]) - int(sizes[0])) / average_token(patches)
+
+
+def average_token(patches: Mapping[str, Mapping[str, Any]]) -> float:
+    """Seconds of the usual step / its tokens, among steps of patches of several lengths."""
+    usual = patches[str(Workload.patch)]
+    return float(usual["seconds"]["median"] / usual["tokens"])
 
 
 def amounts(found: Mapping[str, Any]) -> dict[str, Spread]:

@@ -115,7 +115,7 @@ def prepare(cfg: DictConfig, vectors: int = 0) -> Prepared:
     """
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise PolicyPatchError("trainer=gpu needs a CUDA GPU, and there is none: use trainer=cpu")
-    if cfg.trainer.compile and not can_compile("cpu" if cfg.trainer.accelerator == "cpu" else "cuda"):
+    if cfg.trainer.compile and not can_compile(cfg.trainer.accelerator):
         raise PolicyPatchError(
             "trainer.compile needs a C++ compiler, and there is none: install g++ or set it to false"
         )

@@ -51,29 +51,31 @@ def token_logits(model: PreTrainedModel, states: Tensor, tokens: Tensor) -> Tens
     return finish_logits(model, logits if bias is None else logits + bias[tokens].float())
 
 
-def token_logprobs(model: PreTrainedModel, states: Tensor, targets: Tensor, at_once: int | None = None) -> Tensor:
+def token_logprobs(model: PreTrainedModel, states: Tensor, targets: Tensor, head_logits: int | None = None) -> Tensor:
     """Log-probability of a token at each position: (N,) float32, differentiable in the states.
 
     Args:
         model: whose head it is.
         states: (N, D) last hidden states.
         targets: (N,) token ids.
-        at_once: logits in a block; None for what suits the device.
+        head_logits: logits in a block; None for what suits the device.
     """
-    found: Tensor = _Logprobs.apply(states, targets, model, at_once)
+    found: Tensor = _Logprobs.apply(states, targets, model, head_logits)
     return found
 
 
-def token_divergence(model: PreTrainedModel, states: Tensor, base_states: Tensor, at_once: int | None = None) -> Tensor:
+def token_divergence(
+    model: PreTrainedModel, states: Tensor, base_states: Tensor, head_logits: int | None = None
+) -> Tensor:
     """KL(base || ours) of the next token at each position: (N,) float32 in nats, differentiable in `states`.
 
     Args:
         model: whose head it is.
         states: (N, D) last hidden states.
         base_states: (N, D) of the base, which get no gradient.
-        at_once: logits in a block, of which there are two; None for what suits the device.
+        head_logits: logits in a block, of which there are two; None for what suits the device.
     """
-    found: Tensor = _Divergence.apply(states, base_states, model, at_once)
+    found: Tensor = _Divergence.apply(states, base_states, model, head_logits)
     return found
 
 
@@ -89,10 +91,10 @@ class _OfStates(torch.autograd.Function):
 
 class _Logprobs(_OfStates):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, targets: Tensor, model: PreTrainedModel, at_once: int | None) -> Tensor:
+    def forward(ctx: Any, states: Tensor, targets: Tensor, model: PreTrainedModel, head_logits: int | None) -> Tensor:
         ours, wanted = _Softmax(states), ctx.needs_input_grad[0]
         own = token_logits(model, states, targets)
-        for weight, logits in _blocks(model, states, at_once):
+        for weight, logits in _blocks(model, states, head_logits):
             ours.add(logits, (weight, _slope(model, logits)) if wanted else None)
         if wanted:
             own_gradient = model.get_output_embeddings().weight[targets] * _slope(model, own[:, None])
@@ -102,10 +104,12 @@ class _Logprobs(_OfStates):
 
 class _Divergence(_OfStates):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, base_states: Tensor, model: PreTrainedModel, at_once: int | None) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, base_states: Tensor, model: PreTrainedModel, head_logits: int | None
+    ) -> Tensor:
         ours, base, wanted = _Softmax(states), _Softmax(states), ctx.needs_input_grad[0]
         gap = states.new_zeros(len(states), dtype=torch.float32)  # sum of base weights x (base logit - our logit)
-        blocks = (_blocks(model, of, at_once) for of in (states, base_states))
+        blocks = (_blocks(model, of, head_logits) for of in (states, base_states))
         for (weight, logits), (_, base_logits) in zip(*blocks, strict=True):
             gradient = (weight, _slope(model, logits)) if wanted else None
             difference = base_logits - logits
@@ -156,11 +160,11 @@ class _Softmax:
         return self._sum / self.total[:, None]
 
 
-def _blocks(model: PreTrainedModel, states: Tensor, at_once: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _blocks(model: PreTrainedModel, states: Tensor, head_logits: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     """The vocabulary's blocks: weights (B, D), finished logits (N, B) float32."""
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
-    size = max(LEAST, (at_once or (GPU_BLOCK if states.is_cuda else BLOCK)) // max(1, len(states)))
+    size = max(LEAST, (head_logits or (GPU_BLOCK if states.is_cuda else BLOCK)) // max(1, len(states)))
     for start in range(0, len(head.weight), size):
         weight = head.weight[start : start + size]
         logits = torch.nn.functional.linear(states, weight, None if bias is None else bias[start : start + size])

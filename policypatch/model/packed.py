@@ -25,7 +25,7 @@ COMPILED = "_policypatch_compiled"  # a layer's attribute
 
 
 def can_compile(device: str) -> bool:
-    """Whether layers can be compiled for a device of this type: a CPU takes a C++ compiler."""
+    """Whether layers can be compiled for a device: a `cpu` takes a C++ compiler, others none of ours."""
     compilers = (os.environ.get("CXX"), "g++", "clang++")
     return device != "cpu" or any(compiler and shutil.which(compiler) for compiler in compilers)
 
