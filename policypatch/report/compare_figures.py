@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from policypatch.report.compare_lines import Column, Comparison, Line
 from policypatch.report.compare_text import heading, label, short
@@ -131,6 +131,8 @@ def _against(key: str, rest: Sequence[str], column: Column, lines: Sequence[Line
     xs = sorted({line.values[key] for line in lines})
     if min(xs) > 0 and max(xs) / min(xs) > 8:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # its own writes TeX, which an SVG shows as it is
     if not scattered:
         axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.minorticks_off()
