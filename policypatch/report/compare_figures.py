@@ -129,12 +129,14 @@ def _against(key: str, rest: Sequence[str], column: Column, lines: Sequence[Line
         told.append(f"{name} " + ", ".join(f"{x.values[key]}: {x.cells[column]['value']:.3g}" for x in members))
     _base_line(axes, column, base)
     xs = sorted({line.values[key] for line in lines})
-    if min(xs) > 0 and max(xs) / min(xs) > 8:
+    log = min(xs) > 0 and max(xs) / min(xs) > 8
+    if log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # its own writes TeX, which an SVG shows as it is
     if not scattered:
         axes.set_xticks(xs, [f"{x:g}" for x in xs])
+    elif log:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # its own writes TeX, which an SVG shows as it is
     axes.minorticks_off()
     axes.set_xlabel(key, color=MUTED)
     _from_zero(axes, column)
