@@ -33,15 +33,18 @@ class Column:
     metric: str
     judge: str | None
     title: str
+    split: str | None = None  # the set, where it is not the first that has the figure
 
     def holds(self, row: Mapping[str, Any]) -> bool:
         """Whether a scorecard's row, or a line of values, is this figure."""
-        return (row["risk"], row["metric"], row["judge"]) == (self.risk, self.metric, self.judge)
+        known = (row["risk"], row["metric"], row["judge"]) == (self.risk, self.metric, self.judge)
+        return known and self.split in (None, row["split"])
 
 
 COLUMNS = (
     Column("toxicity", "toxic_rate", "svm", "toxic rate (svm)"),
     Column("gender_bias", "gas", "names", "GAS (names)"),
+    Column("gender_bias", "gas", "names", "GAS, WinoBias", "winobias"),
     Column("harmfulness", "asr", "refusal", "ASR (refusal)"),
     Column("harmfulness", "asr", "likelihood", "ASR (likelihood)"),
     Column("harmfulness", "over_refusal", "refusal", "over-refusal"),

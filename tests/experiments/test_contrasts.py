@@ -139,3 +139,15 @@ def test_another_sweep_is_compared_arm_by_arm_and_with_its_specialist(tmp_path: 
     assert isinstance(result.exception, PolicyPatchError) and "shares no seed" in str(result.exception)
     both = CliRunner().invoke(interference.app, [str(ours), str(plain), "--out", str(tmp_path / "out")])
     assert "another one by --against" in str(both.exception)
+
+
+def test_a_second_set_of_a_risk_is_a_column_of_its_own():
+    """GAS on the first set 0.25 and 0.5; on WinoBias, which stands behind it, 0.75 and 1."""
+    wino = GAS | {"split": "winobias"}
+    both = [run({"base": first(20), "a": first(10)}, GAS), run({"base": first(40), "a": first(30)}, wino)]
+    rows = interference.matrix([[row for card, _ in both for row in card]], [[of for _, kept in both for of in kept]])
+    means = {row["stack"]: {title: cell["mean"] for title, cell in row["cells"].items()} for row in rows}
+    assert means == {
+        "base": {"GAS (names)": 0.5, "GAS, WinoBias": 1.0},
+        "a": {"GAS (names)": 0.25, "GAS, WinoBias": 0.75},
+    }
