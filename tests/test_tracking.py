@@ -25,13 +25,13 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb"))
 
 
-def records(folder: Path, job: str) -> list[wandb_internal_pb2.Record]:
+def records(folder: Path, job: str, of: str = "offline-run-*") -> list[wandb_internal_pb2.Record]:
     """Everything in the .wandb file of one of the folder's jobs.
 
     The file is a LevelDB log behind 7 bytes of its own: blocks of 32 KiB of pieces, each with a header of checksum (4),
     length (2) and kind (1: whole record, 2 to 4: its first, middle and last part).
     """
-    (path,) = (folder / "wandb").glob(f"offline-run-*/*-{job}.wandb")
+    (path,) = (folder / "wandb").glob(f"{of}/*-{job}.wandb")
     data, at, parts, found = path.read_bytes(), 7, b"", []
     assert data[:4] == b":W&B"
     while at + 7 <= len(data):
@@ -47,10 +47,10 @@ def records(folder: Path, job: str) -> list[wandb_internal_pb2.Record]:
     return found
 
 
-def records_to_the_end(folder: Path, job: str) -> list[wandb_internal_pb2.Record]:
+def records_to_the_end(folder: Path, job: str, of: str = "offline-run-*") -> list[wandb_internal_pb2.Record]:
     """`records` once the last of them is there: wandb's service may write it after `finish` has returned."""
     deadline = time.monotonic() + 30
-    while not of_kind(found := records(folder, job), "exit") and time.monotonic() < deadline:
+    while not of_kind(found := records(folder, job, of), "exit") and time.monotonic() < deadline:
         time.sleep(0.05)
     return found
 
@@ -155,6 +155,33 @@ def test_a_run_that_fails_before_its_first_stage_is_recorded_as_failed(tiny_base
         run(composed(arguments), tmp_path / "run", "", arguments)
     (end,) = of_kind(records_to_the_end(tmp_path / "run", "eval"), "exit")
     assert end.exit_code == 1
+
+
+def test_all_stages_of_an_agents_trial_go_on_in_its_run(tiny_base_folder, tmp_path: Path, monkeypatch):
+    """What `wandb agent` sets, and the command of experiments/wandb_sweep.yaml."""
+    wandb.teardown()  # the environment is read when its service starts
+    monkeypatch.setenv("WANDB_SWEEP_ID", "search")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    searched = yaml.safe_load((ROOT / "experiments" / "wandb_sweep.yaml").read_text())
+    chosen = [word for word in searched["command"] if not word.startswith("$") and "=" in word]
+    chosen += [
+        f"{key}={of['values'][0] if 'values' in of else of['min']}" for key, of in searched["parameters"].items()
+    ]
+    arguments = [*overrides(tiny_base_folder, tmp_path, logger="wandb"), *chosen]
+    card = run(composed(arguments), tmp_path / "run", "", arguments)
+    assert not (tmp_path / "run" / "wandb_id").exists()
+    starts, ends, found = [], [], dict[str, object]()
+    for folder in sorted((tmp_path / "run" / "wandb").glob("offline-run-*")):
+        assert "-trial" in folder.name
+        of = records_to_the_end(tmp_path / "run", "trial", folder.name)
+        starts += of_kind(of, "run")[:1]
+        ends += [end.exit_code for end in of_kind(of, "exit")]
+        for record in of_kind(of, "summary"):
+            found |= values(record.update)
+    assert {(start.run_id, start.job_type, start.run_group) for start in starts} == {("trial", "", "wandb-sweep")}
+    assert ends and set(ends) == {0}
+    assert found[searched["metric"]["name"]] == card.find(arm="patch", metric="toxic_rate", judge="svm").value
 
 
 def test_the_environment_decides_the_mode_and_the_folder_keeps_the_id(tmp_path: Path, monkeypatch):
