@@ -49,4 +49,6 @@ def written(found: Comparison, rivals: Sequence[Sequence[str]] = ()) -> str:
         parts.insert(1, f"## Against the patch\n\n{RIVALS}\n\n{markdown_table(rivals)}")
     if found.failed:
         parts.append("## Failed\n\n" + "\n".join(f"- {r.folder.name}: {r.error}" for r in found.failed))
+    if found.shared:
+        parts.append(f"## The cache, all runs\n\n{found.shared}")
     return "\n\n".join(parts) + "\n"

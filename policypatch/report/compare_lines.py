@@ -106,11 +106,15 @@ class Comparison:
         """For the terminal: how many there are, what they shared, and what became of those that failed."""
         done = len(self.records) - len(self.failed)
         lines = [f"{done} of {len(self.records)} runs finished"]
-        if made := self.made:
-            shared = ", ".join(f"{kind} {misses} made {hits} found" for kind, (misses, hits) in sorted(made.items()))
-            lines.append(f"cache, all runs: {shared}")
+        if self.shared:
+            lines.append(f"cache, all runs: {self.shared}")
         lines += [f"failed: {record.folder.name}: {record.error}" for record in self.failed]
         return "\n".join(lines)
+
+    @property
+    def shared(self) -> str:
+        """What the runs made and found in the cache, in words; nothing where they did not say."""
+        return ", ".join(f"{kind} {misses} made {hits} found" for kind, (misses, hits) in sorted(self.made.items()))
 
     @property
     def made(self) -> dict[str, tuple[int, int]]:
