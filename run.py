@@ -52,7 +52,7 @@ def prepare() -> None:
     """Tell what is wrong with the command line before Hydra or a model is started, and keep a sweep's names short."""
     from hydra._internal.utils import get_args
 
-    from policypatch.command_line import check_folder, check_overrides, left_out_of_names, spelt_out
+    from policypatch.command_line import check_folder, check_overrides, has_no_name, left_out_of_names, spelt_out
     from policypatch.errors import PolicyPatchError
 
     sys.argv[1:] = spelt_out(sys.argv[1:])
@@ -66,7 +66,10 @@ def prepare() -> None:
             check_overrides(arguments.overrides, arguments.multirun)
             check_folder(arguments.overrides, arguments.multirun)
             if arguments.multirun and not any(NAMING in override for override in arguments.overrides):
-                sys.argv.append(f"{NAMING}={left_out_of_names(arguments.overrides)}")
+                left_out = left_out_of_names(arguments.overrides)
+                sys.argv.append(f"{NAMING}={left_out}")
+                if has_no_name(arguments.overrides, left_out):
+                    sys.argv.append("hydra.sweep.subdir=${hydra:job.num}")
     except PolicyPatchError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -120,6 +120,20 @@ def left_out_of_names(arguments: Sequence[str]) -> list[str]:
     return [*out, *(key for key in fixed if key not in out and (too_long or key not in shown))]
 
 
+def has_no_name(arguments: Sequence[str], left_out: Collection[str]) -> bool:
+    """Whether nothing is left to call a sweep's only job by, so that it would take the sweep's own folder.
+
+    Jobs of later sweeps below it would not be found then, as a run's folder holds no other run.
+
+    Args:
+        arguments: the overrides.
+        left_out: keys that names do without (`left_out_of_names`).
+    """
+    overrides = _parse(arguments)
+    named = [o for o in overrides if o.key_or_group not in left_out and not re.match(r"hydra[./]", o.key_or_group)]
+    return not named and not _sweeps_of_files(overrides)
+
+
 def _parse(arguments: Sequence[str]) -> list[Override]:
     try:
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())

@@ -7,7 +7,7 @@ import hydra
 import pytest
 from tiny_run import ROOT
 
-from policypatch.command_line import check_overrides, left_out_of_names, spelt_out
+from policypatch.command_line import check_overrides, has_no_name, left_out_of_names, spelt_out
 from policypatch.errors import PolicyPatchError
 from policypatch.settings import check
 
@@ -354,6 +354,29 @@ def test_what_is_no_joint_risk_is_told(arguments: list[str], told: str):
 def test_long_command_lines_keep_names_short():
     fixed = [f"{stage}.{key}=3" for stage in ("sft", "dpo") for key in ("steps", "batch_size", "lr", "clip", "warmup")]
     assert left_out_of_names(["patch.length=2,3", *fixed])[2:] == [line.split("=")[0] for line in fixed]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nameless"),
+    [
+        (["name=x", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], True),
+        (["model.path=/a/b"], True),
+        (["seed=1"], False),
+        (["+experiment=lora", "+arm=patch"], False),
+        (["+experiment=lora"], False),
+        (
+            [
+                "+experiment=lora",
+                "+arm=patch",
+                "seed=1",
+                *(f"{stage}.{key}=0.123456789" for stage in ("sft", "dpo") for key in ("lr", "clip", "warmup")),
+            ],
+            True,
+        ),
+    ],
+)
+def test_a_job_that_nothing_tells_apart_gets_a_folder_below_the_sweeps(arguments: list[str], nameless: bool):
+    assert has_no_name(arguments, left_out_of_names(arguments)) == nameless
 
 
 def test_a_secret_of_the_environment_is_no_value(monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,7 @@ import pytest
 from tiny_run import ROOT, overrides
 
 from policypatch.evaluate.scorecard import Scorecard
+from policypatch.report.records import find_records
 from policypatch.sweep import LIST, compare_what_is_left
 
 COUNTED = ("pairs", "reference", "completions", "judgements")
@@ -98,6 +99,16 @@ def test_a_sweep_of_six_makes_its_pairs_once(cli, tmp_path: Path, reference: str
     assert {f"compare.{kind}" for kind in ("html", "csv", "md")} <= {path.name for path in comparison.iterdir()}
     assert "6 of 6 runs finished" in done.stdout and "pairs 1 made 5 found" in done.stdout
     assert "| patch | 0.1 | 2 |" in (comparison / "compare.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_sweep_of_one_leaves_its_folder_to_others(cli, tmp_path: Path):
+    long = {f"{stage}.{key}": "0.10000000" for stage in ("sft", "dpo") for key in ("warmup", "weight_decay", "clip")}
+    assert cli(sweep=True, **long).returncode == 0
+    done = cli(sweep=True, seed="0,1", **long)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = find_records([tmp_path / "outputs" / "tiny"])
+    assert [record.folder.name for record in found] == ["0", "seed=0", "seed=1"]
 
 
 @pytest.mark.slow
