@@ -130,7 +130,8 @@ def has_no_name(arguments: Sequence[str], left_out: Collection[str]) -> bool:
         left_out: keys that names do without (`left_out_of_names`).
     """
     overrides = _parse(arguments)
-    named = [o for o in overrides if o.key_or_group not in left_out and not re.match(r"hydra[./]", o.key_or_group)]
+    others = [o.key_or_group for o in overrides if o.key_or_group not in left_out]
+    named = [key for key in others if key == "hydra.sweep.subdir" or not re.match(r"hydra[./]", key)]
     return not named and not _sweeps_of_files(overrides)
 
 

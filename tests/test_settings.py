@@ -361,6 +361,7 @@ def test_long_command_lines_keep_names_short():
     [
         (["name=x", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], True),
         (["model.path=/a/b"], True),
+        (["hydra.sweep.subdir=mine"], False),
         (["seed=1"], False),
         (["+experiment=lora", "+arm=patch"], False),
         (["+experiment=lora"], False),
