@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from benchmarks.side import Side
 from benchmarks.workload import BETA, LEARNING_RATE, Workload
 from policypatch.data.datamodule import Batch, Example, PairData
 from policypatch.model.backbone import PrefixBackbone
 from policypatch.model.base import Base
 from policypatch.model.logprobs import item_logprobs
-from policypatch.model.tree import build_tree
 from policypatch.train.dpo_module import DPOModule, PreferenceSettings
 from policypatch.train.module import Optimisation, StageModule
 from policypatch.train.sft_module import SFTModule
@@ -27,12 +24,9 @@ class Ours(Side):
         stage: `sft` or `dpo`; DPO's reference is the base, as TRL has it for an adapter.
         steps: different batches.
         compiled: `trainer.compile`.
-        one_row: batches are packed into as few rows as fit, not into those that cost least: the same up to rounding.
     """
 
-    def __init__(
-        self, base: Base, work: Workload, stage: str, steps: int = 1, compiled: bool = False, one_row: bool = False
-    ):
+    def __init__(self, base: Base, work: Workload, stage: str, steps: int = 1, compiled: bool = False):
         row_tokens = ROW_TOKENS[base.model.device.type]
         backbone = PrefixBackbone(base.model, work.vectors(base), row_tokens)
         backbone.compiled = compiled
@@ -47,8 +41,7 @@ class Ours(Side):
         else:
             self.module = SFTModule(backbone, optimisation)
         examples = [Example(item) for item in items]
-        build = partial(build_tree, max_row_tokens=row_tokens) if one_row else backbone.tree
-        self.data = PairData(examples, work.pairs, steps, 0, 2 if stage == "dpo" else 1, build, reference)
+        self.data = PairData(examples, work.pairs, steps, 0, 2 if stage == "dpo" else 1, backbone.tree, reference)
 
     def batch(self, number: int = 0) -> Batch:
         """Packed anew, as in a run."""

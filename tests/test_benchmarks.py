@@ -44,7 +44,7 @@ def test_both_sides_compute_the_same(stage: str, options: dict, load):
     ours, theirs = Ours(load(), WORK, stage, 4), Theirs(load(), WORK, stage, 4, **options)
     before = ours.vectors.detach().clone()
     assert max(agreement(ours, theirs).values()) < 1e-4
-    assert followed(ours, theirs, steps=20)[0] < 1e-3
+    assert followed(ours, theirs, 20) < 1e-3
     assert not torch.equal(ours.vectors, before)
     torch.testing.assert_close(ours.vectors, theirs.vectors, rtol=1e-2, atol=1e-3)
 
@@ -109,13 +109,12 @@ def test_sizes_are_timed_in_turn():
 
 @pytest.mark.parametrize("broken", [lambda loss: loss + 0.01, lambda loss: loss * float("nan")])
 def test_sides_that_disagree_are_not_timed(broken, load, monkeypatch: pytest.MonkeyPatch):
-    ours, theirs, repacked = both(load, WORK, "sft")
-    found = agreed(ours, theirs, repacked, "sft")
-    assert max(found.values()) < 1e-3 and found["rounding_over_20_steps"] >= 0
+    ours, theirs = both(load, WORK, "sft")
+    assert max(agreed(ours, theirs, "sft").values()) < 1e-3
     loss_of = theirs.loss_of
     monkeypatch.setattr(theirs, "loss_of", lambda batch: broken(loss_of(batch)))
     with pytest.raises(SystemExit, match="disagree"):
-        agreed(ours, theirs, repacked, "sft")
+        agreed(ours, theirs, "sft")
 
 
 def test_every_side_of_a_stage_is_timed(load, monkeypatch: pytest.MonkeyPatch):
