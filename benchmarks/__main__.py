@@ -65,14 +65,14 @@ def measured(
         yield found
 
 
-def compared(shape: Shape | None) -> dict[str, dict[str, float]]:
-    """How far the sides of each stage are apart in float32, in which rounding hides nothing."""
+def compared(shape: Shape | None) -> dict[str, dict[str, dict[str, float]]]:
+    """How far the sides of each stage are apart, by precision."""
     load = partial(default_base, "float32")
     if shape is not None:
         load = partial(shaped_base, shape, "float32", CHECKED_LAYERS)
     found = {}
     for name in ("sft", "dpo"):
-        found[name] = training.agreed(*training.both(load, Workload(), name), name)
+        found[name] = training.agreed(load, Workload(), name)
         release()
     return found
 

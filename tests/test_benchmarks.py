@@ -25,7 +25,7 @@ from benchmarks.shapes import SHAPES, SMOLLM2, Shape
 from benchmarks.tables import amounts, own_growth, quoted, show
 from benchmarks.theirs import Theirs
 from benchmarks.timing import bracketed, in_turn
-from benchmarks.training import GROWTH, agreed, agreement, both, followed, growth, stage
+from benchmarks.training import GROWTH, agreed, agreement, doubled, followed, growth, stage
 from benchmarks.workload import Workload
 
 WORK = Workload(pairs=3, prompt=8, completion=5, patch=4)
@@ -107,14 +107,31 @@ def test_sizes_are_timed_in_turn():
     assert calls == ["a", "b", "a", "b", "b", "a"] and [len(of) for of in seconds.values()] == [2, 2]
 
 
+def test_the_products_of_both_sides_are_compared_in_float64(load):
+    base = doubled(load)
+    assert {p.dtype for p in base.model.parameters()} == {torch.float64}
+    found = agreed(load, WORK, "dpo")
+    assert [*found] == ["float64", "float32"] and [*found["float64"]] == [*found["float32"]]
+    assert found["float64"]["loss_over_20_steps"] < 1e-4
+
+
 @pytest.mark.parametrize("broken", [lambda loss: loss + 0.01, lambda loss: loss * float("nan")])
 def test_sides_that_disagree_are_not_timed(broken, load, monkeypatch: pytest.MonkeyPatch):
-    ours, theirs = both(load, WORK, "sft")
-    assert max(agreed(ours, theirs, "sft").values()) < 1e-3
-    loss_of = theirs.loss_of
-    monkeypatch.setattr(theirs, "loss_of", lambda batch: broken(loss_of(batch)))
-    with pytest.raises(SystemExit, match="disagree"):
-        agreed(ours, theirs, "sft")
+    loss_of = Theirs.loss_of
+    monkeypatch.setattr(Theirs, "loss_of", lambda self, batch: broken(loss_of(self, batch)))
+    with pytest.raises(SystemExit, match="disagree in float64"):
+        agreed(load, WORK, "sft")
+
+
+def test_what_rounding_makes_of_twenty_steps_is_told_and_what_it_makes_of_the_first_is_bound(load, monkeypatch):
+    far = {torch.float64: 0.0, torch.float32: 0.01}
+    monkeypatch.setattr("benchmarks.training.followed", lambda ours, _: far[ours.module.backbone.model.dtype])
+    assert agreed(load, WORK, "sft")["float32"]["loss_over_20_steps"] == 0.01
+    monkeypatch.setattr(
+        "benchmarks.training.agreement", lambda ours, _: {"loss": far[ours.module.backbone.model.dtype]}
+    )
+    with pytest.raises(SystemExit, match="disagree in float32"):
+        agreed(load, WORK, "sft")
 
 
 def test_every_side_of_a_stage_is_timed(load, monkeypatch: pytest.MonkeyPatch):

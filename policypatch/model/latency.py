@@ -2,7 +2,7 @@
 
 The machine's speed drifts and other work disturbs it, so base and arm are timed in turn within one process, and what
 counts is the ratio of each pair of neighbours. Which of the two comes first changes from pair to pair, and before each
-stands a short answer of its own that is not timed: who comes after another's weights begins cold.
+stands a short answer of its own, to one prompt, that is not timed: who comes after another's weights begins cold.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from policypatch.model.sampling import Sampling
 
 NEW_TOKENS = 17  # the time for each is a mean over all but the first
 WARMING = 2  # tokens of an answer that is not timed
-TIMING = 4
+TIMING = 5
 """Number of the way of timing: counted up when a change here or in `sample` would give other ratios."""
 
 
@@ -99,17 +99,17 @@ def _prompts(base: Base, load: Load) -> list[list[int]]:
 def _seconds(base: Base, prompts: Sequence[Sequence[int]], arm: Arm) -> np.ndarray:
     """To the first token, and for each of those after it: (2,)."""
 
-    def answered(tokens: int) -> list[float]:
+    def answered(asked: Sequence[Sequence[int]], tokens: int) -> list[float]:
         ticks: list[float] = []
         tick = _clock(base, ticks.append)
         tick()
         greedy = Sampling(temperature=0.0, max_new_tokens=tokens)
-        sample(base.model, prompts, arm.vectors, 1, greedy, max_rows=len(prompts), tick=tick)
+        sample(base.model, asked, arm.vectors, 1, greedy, max_rows=len(asked), tick=tick)
         return ticks
 
-    answered(WARMING)
+    answered(prompts[:1], WARMING)
     with undisturbed():
-        ticks = answered(NEW_TOKENS)
+        ticks = answered(prompts, NEW_TOKENS)
     return np.array([ticks[1] - ticks[0], (ticks[-1] - ticks[1]) / (len(ticks) - 2)])
 
 

@@ -90,6 +90,16 @@ def test_ratios_are_arm_over_base_in_turn(tiny_base: Base, monkeypatch):
     np.testing.assert_allclose(found, [[7 / 4, 1], [7 / 4, 1]])
 
 
+def test_each_answer_comes_after_one_to_a_single_prompt(tiny_base: Base, monkeypatch):
+    asked = []
+    answer = latency.sample
+    monkeypatch.setattr(
+        latency, "sample", lambda m, prompts, *a, **k: asked.append(len(prompts)) or answer(m, prompts, *a, **k)
+    )
+    ratios(tiny_base, patch(tiny_base), Load(4, 3), repeats=1)
+    assert asked == [1, 3] * 4
+
+
 def test_a_single_prompt_is_read_in_one_pass(tiny_base: Base, monkeypatch):
     """A second one, for what several prompts would share, would be timed as the base's first token."""
     widths = []
