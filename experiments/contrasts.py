@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from policypatch.evaluate.drift import holm
+from policypatch.evaluate.kept import kept
+from policypatch.evaluate.measure import Settings
 from policypatch.evaluate.scorecard import COST
 from policypatch.evaluate.statistics import Difference, paired_difference
 
@@ -43,6 +45,7 @@ class Column:
 
 COLUMNS = (
     Column("toxicity", "toxic_rate", "svm", "toxic rate (svm)"),
+    Column("toxicity", "amt", "svm", "AMT (svm)"),
     Column("gender_bias", "gas", "names", "GAS (names)"),
     Column("gender_bias", "gas", "names", "GAS, WinoBias", "winobias"),
     Column("harmfulness", "asr", "refusal", "ASR (refusal)"),
@@ -53,6 +56,7 @@ COLUMNS = (
     Column("utility", "kl_benign", None, "KL, benign"),
     Column("utility", "text_ppl", None, "text PPL"),
     Column(COST, "first_token_ratio", None, "first token, x base"),
+    Column(COST, "per_token_ratio", None, "further token, x base"),
 )
 # What a specialist costs, or brings, by itself: of which company takes or adds something.
 SPECIALISTS = {
@@ -60,9 +64,10 @@ SPECIALISTS = {
     "over_refusal": "harmfulness",
     "benign_refusal": "harmfulness",
     "toxic_rate": "toxicity",
+    "amt": "toxicity",
     "gas": "gender_bias",
 }
-RISKS = ("toxic_rate", "gas", "asr")  # figures of a risk itself
+RISKS = ("toxic_rate", "amt", "gas", "asr")  # figures of a risk itself
 UTILITY = ("kl_benign", "ppl_median", "text_ppl")
 
 
@@ -91,6 +96,14 @@ def seeds_values(values: Sequence[Run], arm: str, column: Column, split: str | N
     """(runs, prompts) a figure's values of one arm; None where some run has none."""
     found = [[line["values"] for line in run if at(line, arm, column, split)] for run in values]
     return np.array([of[0] for of in found], dtype=float) if found and all(found) else None
+
+
+def same_prompts(values: Sequence[Run], other_values: Sequence[Run], column: Column, split: str | None) -> bool:
+    """Whether the base has the same values of a figure in both sweeps, as on the same prompts and samples."""
+    ours, theirs = (seeds_values(of, BASE, column, split) for of in (values, other_values))
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return False
+    return np.allclose(ours, theirs, atol=1e-6, equal_nan=True)
 
 
 def tested(ours: Values | None, theirs: Values | None, permutations: int = PERMUTATIONS) -> Difference | None:
@@ -206,10 +219,9 @@ def across(
     found, left_out = [], []
     for column in COLUMNS:
         split = split_of(cards, column)
-        bases = [seeds_values(of, BASE, column, split) for of in (values, other_values)]
-        if bases[0] is None or bases[1] is None:
+        if seeds_values(values, BASE, column, split) is None or seeds_values(other_values, BASE, column, split) is None:
             continue
-        if bases[0].shape != bases[1].shape or not np.allclose(*bases, atol=1e-6, equal_nan=True):
+        if not same_prompts(values, other_values, column, split):
             left_out.append(column.title)
             continue
         for one, other in _across_pairs(ours, theirs, SPECIALISTS.get(column.metric)):
@@ -217,6 +229,43 @@ def across(
             if test is not None:
                 found.append({"one": one, "other": other, "figure": column.title, "difference": asdict(test)})
     return with_holm(found), left_out
+
+
+def closed(
+    cards: Sequence[Run], values: Sequence[Run], other_cards: Sequence[Run], other_values: Sequence[Run]
+) -> list[dict[str, Any]]:
+    """What share of a risk's gap in company one sweep's stacks close: (theirs - ours) / (theirs - specialist alone).
+
+    A gap is the mean over all stacks of two or more that hold the risk's specialist, less the other sweep's specialist
+    alone. A share has no interval where there is no gap that is told from none, and no line where there is none at all.
+
+    Args:
+        cards, values: as of `orders`, of patches that may have closed some of it.
+        other_cards, other_values: of those that were trained apart, of the same seeds and prompts.
+
+    Returns:
+        lines with `figure`, `stacks` (how many) and `share` (`Kept`, whose `reduction` is the gap).
+    """
+    shared = set(arms_of(cards)) & set(arms_of(other_cards))
+    found = []
+    for column in (column for column in COLUMNS if column.metric in RISKS):
+        own, split = SPECIALISTS[column.metric], split_of(cards, column)
+        if not same_prompts(values, other_values, column, split):
+            continue
+        stacks = sorted(arm for arm in shared if len(parts(arm)) > 1 and own in parts(arm))
+        alone = seeds_values(other_values, own, column, split)
+        each = [[seeds_values(of, arm, column, split) for arm in stacks] for of in (values, other_values)]
+        if not stacks or alone is None or any(of is None for arms in each for of in arms):
+            continue
+        ours, theirs = (np.mean([of for of in arms if of is not None], axis=(0, 1)) for arms in each)
+        place = {"risk": column.risk, "split": split, "metric": column.metric, "judge": column.judge}
+
+        def behind(end: Values, place: Mapping[str, Any] = place, start: Values = theirs) -> list[dict[str, Any]]:
+            return [{"arm": BASE, **place, "values": start}, {"arm": "end", **place, "values": end}]
+
+        shares = kept(behind(ours), "end", behind(alone.mean(0)), "end", RISKS, Settings())
+        found += [{"figure": column.title, "stacks": len(stacks), "share": share} for share in shares]
+    return found
 
 
 def _across_pairs(ours: Sequence[str], theirs: Sequence[str], specialist: str | None) -> Iterator[tuple[str, str]]:

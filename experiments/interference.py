@@ -3,16 +3,17 @@
     python experiments/interference.py outputs/composition --out experiments/results/composition [--name matrix]
     python experiments/interference.py outputs/composed_companions --against outputs/composition --out FOLDER
 
-Writes NAME.json, NAME.png (a heat map) and prints tables in Markdown. Each cell of the first is the mean over seeds and
-its interval over prompts (of perplexities, which are no means over prompts, the mean of the runs' own intervals), and
-whether it differs from what it is compared with: the patch that is trained against that column's risk, standing alone,
-which is called by the risk's name; of utility, which no patch is trained for, the worst of the stack's own patches
-alone (the base's KL is 0 by definition, so that every patch differs from it). ? where that is not among the arms. The
-second has those differences with their intervals (of perplexities, whose logarithms are tested, the ratio). Then come
-what `contrasts.py` compares: orders of the same patches, each risk's own patch last less first, a patch beside the
-stacks less the stacks of all patches, a growing stack less itself without its last patch, and with --against another
-sweep of the same seeds and prompts. Tests and intervals are paired over prompts, whose values are averaged over seeds,
-and Holm's correction is over all cells of a column, of the other tables over the whole table.
+Writes NAME.json, NAME.png (a heat map) and prints tables in Markdown. Each cell of the first is the mean over seeds,
+its interval over prompts (of perplexities, which are no means over prompts, the mean of the runs' own intervals), the
+least and the most of the seeds, and whether it differs from what it is compared with: the patch that is trained against
+that column's risk, standing alone, which is called by the risk's name; of utility, which no patch is trained for, the
+worst of the stack's own patches alone (the base's KL is 0 by definition, so that every patch differs from it). ? where
+that is not among the arms. The second has those differences with their intervals (of perplexities, whose logarithms are
+tested, the ratio). Then come what `contrasts.py` compares: orders of the same patches, each risk's own patch last less
+first, a patch beside the stacks less the stacks of all patches, a growing stack less itself without its last patch, and
+with --against another sweep of the same seeds and prompts, and what share of the gap in company is closed here. Tests
+and intervals are paired over prompts, whose values are averaged over seeds, and Holm's correction is over all cells of
+a column, of the other tables over the whole table.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from contrasts import (
     across,
     arms_of,
     at,
+    closed,
     growth,
     joint_less_stacks,
     order_rule,
@@ -83,9 +85,12 @@ def main(
         shared = [seed for seed in runs if seed in others]
         if not shared:
             raise PolicyPatchError(f"{against} shares no seed with {folders[0]}: run both with equal seeds")
-        lines, left_out = across(*_read(runs, shared), *_read(others, shared))
-        contrasts |= {"across": lines}
+        both = (*_read(runs, shared), *_read(others, shared))
+        lines, left_out = across(*both)
+        shares = closed(*both)
+        contrasts |= {"across": lines, "closed": [line | {"share": line["share"].to_json()} for line in shares]}
         told.append(contrasts_table(lines, f"here less {against.name}, seeds {', '.join(map(str, shared))}"))
+        told += [closed_table(shares)] if shares else []
         if left_out:
             told.append(f"left out, as the base has other values in either: {', '.join(left_out)}")
     write_json(out / f"{name}.json", {"seeds": list(runs), "rows": found, **contrasts})
@@ -206,6 +211,13 @@ def contrasts_table(found: Sequence[Mapping[str, Any]], what: str = "orders") ->
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def closed_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """In Markdown: what a risk rises by in company, and what share of that the stacks here do away with."""
+    lines = [["figure", "stacks", "gap in company", "share closed"], ["---"] * 4]
+    lines += [[of["figure"], str(of["stacks"]), f"{of['share'].reduction:+.2g}", of["share"].told()] for of in found]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _less(cell: Mapping[str, Any], title: str) -> str:
     """The difference; of utility it is said what from."""
     metric = next(column.metric for column in COLUMNS if column.title == title)
@@ -220,7 +232,8 @@ def _interval(of: Mapping[str, Any], title: str) -> str:
 def _cell(cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return "–"
-    return f"{cell['mean']:.3g}{_mark(cell)} [{cell['low']:.2g}, {cell['high']:.2g}]"
+    seeds = f" ({min(cell['each']):.2g} to {max(cell['each']):.2g})" if len(cell["each"]) > 1 else ""
+    return f"{cell['mean']:.3g}{_mark(cell)} [{cell['low']:.2g}, {cell['high']:.2g}]{seeds}"
 
 
 def _mark(cell: Mapping[str, Any]) -> str:

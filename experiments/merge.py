@@ -1,8 +1,8 @@
 """A base with a LoRA run's adapters merged into its weights: a version of the base for `policypatch rebase` to go to.
 
-    python run.py risk=toxicity method=lora name=tuned
+    python run.py risk=toxicity method=lora hydra.run.dir=outputs/tuned
     python experiments/merge.py outputs/tuned --out outputs/merged
-    policypatch rebase outputs/toxicity/patch --from smollm2_135m --to outputs/merged --out outputs/carried
+    policypatch rebase PATCH --from smollm2_135m --to outputs/merged --out outputs/carried
 
 Writes a model folder like any other (weights, generation config, tokenizer), by PEFT's own `merge_and_unload`, and
 loads it again to see that it computes what base and adapters compute together.

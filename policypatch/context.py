@@ -39,7 +39,7 @@ def check_context(cfg: DictConfig, base: Base, vectors: int) -> None:
     if (longest := max(cfg.evaluate.costs.prompts, default=0)) and (vectors + longest + NEW_TOKENS > base.context):
         raise PolicyPatchError(
             f"evaluate.costs.prompts has {longest}: with {vectors} vectors before and {NEW_TOKENS} new tokens "
-            f"after it exceeds the context of {cfg.model.name} ({base.context}); shorten it"
+            f"after it exceeds the context of {cfg.model.name} ({base.context}); give shorter ones, [] for none"
         )
 
 

@@ -141,6 +141,8 @@ def check(cfg: DictConfig) -> None:
         raise PolicyPatchError("sft.enabled and dpo.enabled are both false: there is nothing to train")
     if cfg.dpo.enabled and cfg.dpo.reference == "sft" and not cfg.sft.enabled:
         raise PolicyPatchError("dpo.reference=sft needs stage 1: set sft.enabled=true or dpo.reference=base")
+    if cfg.patch.companions and "companions" not in cfg.method:
+        raise PolicyPatchError("patch.companions stand around a patch: set method=patch or patch.companions=[]")
     if cfg.evaluate.ppl_samples > cfg.evaluate.k:
         raise PolicyPatchError(
             f"evaluate.ppl_samples is {cfg.evaluate.ppl_samples}: at most evaluate.k ({cfg.evaluate.k})"

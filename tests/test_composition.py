@@ -160,6 +160,9 @@ def test_the_command_writes_the_stack_that_served_best_and_how_it_was_found(comp
     assert search_told["best_by_hand"] in {one["candidate"] for one in search_told["tried"][:4]}
     assert [line.split(":")[0] for line in search_told["against_it"]] == search_told["objectives"]
     assert made.manifest.training["evaluate"]["prompts"] == 6
+    front = {one["candidate"] for one in search_told["tried"] if one["unbeaten"]}
+    assert front and front <= {*search_told["reported"]} - {"base"}  # as many as these are all shown
+    assert all(low <= value <= high for of in search_told["reported"].values() for value, low, high in of)
 
 
 def test_a_judge_that_chose_the_pairs_is_marked_where_no_other_is_there(compose, tiny_base: Base, tmp_path: Path):
@@ -171,6 +174,7 @@ def test_a_judge_that_chose_the_pairs_is_marked_where_no_other_is_there(compose,
     assert {(row["judge"], row["filter"]) for row in manifest.scorecard} == {("names", True)}
     told = manifest.training["composition"]
     assert told["judges"] == ["names"] and len(told["caveats"]) == 2
+    assert "less than the" not in result.stdout  # of one patch there is one order
     assert "! gender_bias.gas is by names, which counts what training pairs are chosen by" in result.stdout
     assert "! both halves of gender_bias's prompts are about the same professions" in result.stdout
 

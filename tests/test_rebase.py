@@ -18,6 +18,8 @@ from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.measure import Settings
 from policypatch.model.base import Base
 from policypatch.patch.artifact import load, save
+from policypatch.patch.lineage import derived
+from policypatch.patch.stacking import stack
 from policypatch.rebase import carried, fitted, shared_tokens
 
 SPEAKING = ("toxic_rate", "svm")
@@ -187,8 +189,24 @@ def test_what_cannot_be_carried_is_told(rebase, tiny_base: Base, tiny_base_folde
     save(patch_of(tiny_base, "tox", 4, base=other), tmp_path / "tox")
     told = rebase(tiny_base_folder, "--out", tmp_path / "carried")
     assert told.exit_code == 2 and "differs in weights" in told.stderr
+    save(patch_of(tiny_base, "tox", 4), tmp_path / "tox2")
+    shutil.rmtree(tmp_path / "tox")
+    (tmp_path / "tox2").rename(tmp_path / "tox")
+    same = rebase(tiny_base_folder, "--out", tmp_path / "carried")
+    assert same.exit_code == 2 and "there is nothing to carry" in same.stderr and same.stderr.count("\n") == 1
     wrong = rebase(tiny_base_folder, "--out", tmp_path / "carried", "--share", 2)
     assert wrong.exit_code == 2 and "--share is 2" in wrong.stderr
+
+
+def test_a_patch_that_is_carried_as_it_stands_to_the_same_weights_is_no_parent_of_itself(tiny_base: Base):
+    """A base with another template: the patch is bound anew, and stacks as before."""
+    given = patch_of(tiny_base, "tox", 4)
+    told_otherwise = replace(tiny_base.identity, chat_template="1" * 64)
+    made = derived(given, given.vectors, base=told_otherwise)
+    assert made.manifest.base == told_otherwise and made.manifest.parents == []
+    stack([made, derived(patch_of(tiny_base, "safe", 20), given.vectors + 1, base=told_otherwise)])
+    other = derived(given, given.vectors, base=replace(tiny_base.identity, weights="2" * 64))
+    assert [parent.sha256 for parent in other.manifest.parents] == [given.manifest.sha256]
 
 
 def test_a_patch_against_several_risks_is_tuned_on_all_of_them():

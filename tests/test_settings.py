@@ -232,6 +232,7 @@ def test_an_unknown_option_lists_those_there_are(argument: str, options: str):
         (["teacher=hf"], ["teacher.model.name is not set"]),
         (["seed=${nothing}"], ["nothing"]),
         (["patch=3"], ["patch"]),
+        (["method=lora", "patch.companions=[outputs/a/patch]"], ["patch.companions", "method=patch"]),
         (["a=b=c"], ["the command line cannot be read"]),
         (["patch.length"], ["the command line cannot be read", "patch.length"]),
     ],

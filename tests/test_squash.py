@@ -138,7 +138,7 @@ def squash(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "risk=",
         "evaluate.costs",
     )
-    settings = [o for o in overrides(tiny_base_folder, tmp_path, others="all") if not o.startswith(left)]
+    settings = [o for o in overrides(tiny_base_folder, tmp_path, "joint", others="all") if not o.startswith(left)]
     settings += ["model.dtype=float32"]
 
     def call(*arguments: object):
@@ -150,21 +150,23 @@ def squash(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_command_leaves_a_patch_with_the_stacks_figures_beside_its_own(squash, tiny_base: Base, tmp_path: Path):
     save(patch_of(tiny_base, "tox", 4), tmp_path / "tox")
-    save(patch_of(tiny_base, "safe", 20, risks=["harmfulness"]), tmp_path / "safe")
-    result = squash(tmp_path / "tox", tmp_path / "safe", "--out", tmp_path / "short", "--length", 3, "--steps", 4)
+    save(patch_of(tiny_base, "both", 20, risks=["gender_bias", "harmfulness"]), tmp_path / "both")
+    result = squash(tmp_path / "tox", tmp_path / "both", "--out", tmp_path / "short", "--length", 3, "--steps", 4)
     assert result.exit_code == 0, result.output
     made = load(tmp_path / "short", tiny_base.identity)
     assert made.vectors.shape == (3, tiny_base.width)
-    assert made.manifest.name == "tox_safe-squashed" and made.manifest.risks == ["toxicity", "harmfulness"]
-    assert [parent.name for parent in made.manifest.parents] == ["tox_safe"]
-    assert made.manifest.training["squash"]["rows"] > 20  # 12 toxicity prompts, 8 requests, 6 benign ones
+    risks = ["toxicity", "gender_bias", "harmfulness"]
+    assert made.manifest.name == "tox_both-squashed" and made.manifest.risks == risks
+    assert [parent.name for parent in made.manifest.parents] == ["tox_both"]
+    assert made.manifest.training["squash"]["rows"] > 30  # 12 and 12 prompts, 8 requests, benign ones
     for share in made.manifest.training["squash"]["kept"]:
         assert share["reduction"] > 0 and (share["low"] is None or share["low"] <= share["share"] <= share["high"])
         assert f"{share['metric']} {share['judge']}: keeps {share['share']:.0%} [".replace(" None", "") in result.stdout
     arms = {(row["arm"], row["risk"]) for row in made.manifest.scorecard}
-    assert {
-        (arm, risk) for arm in ("base", "stack", "squashed") for risk in ("toxicity", "harmfulness", "utility")
-    } <= arms
+    assert {(arm, risk) for arm in ("base", "stack", "squashed") for risk in [*risks, "utility"]} <= arms
+    # Every risk of the stack is measured by all prompts of its sets, not by the few of an other risk's.
+    counts = {row["risk"]: row["n"] for row in made.manifest.scorecard if row["metric"] in ("toxic_rate", "gas", "asr")}
+    assert counts == {"toxicity": 8, "gender_bias": 6, "harmfulness": 5}
 
 
 def test_what_cannot_be_squashed_is_told(squash, tiny_base: Base, tmp_path: Path):

@@ -33,6 +33,8 @@ console = Console(soft_wrap=True, highlight=False)
 MEASURED = ("prompts", "other_prompts", "k", "responses", "seed", "ppl_samples", "level", "resamples")
 DRIFTED = 3  # exit status; 1 is a traceback's, 2 a user's mistake
 SAMPLED = ("sampling", "response_sampling")
+TOGETHER = {"squash", "rebase"}  # commands that measure all risks of a patch as its own
+MEANING = ("k", "responses", *SAMPLED)  # of these a figure means another thing with another value
 
 
 def register(add: Register) -> None:
@@ -91,7 +93,11 @@ def audit(
     identity = [asdict(patch.manifest.as_parent) for patch in loaded]
     settings = evaluate_settings(cfg)
     alike = [entry for entry in known if entry["patch"] == identity and entry.get("evaluate") == settings]
-    reference = _reference(first.scorecard if len(loaded) == 1 else [], alike)
+    scorecard = first.scorecard if len(loaded) == 1 else []
+    if scorecard and (otherwise := _otherwise(first.training.get("evaluate"), settings)):
+        console.print(f"measured with another {', '.join(otherwise)} than the manifest's figures, which are left out")
+        scorecard = []
+    reference = _reference(scorecard, alike)
     today = {arm: _of(rows, arm) for arm in ("base", "patch")}
     found = changes(reference, today, cfg.evaluate.level)
     say(found, sum(map(len, today.values())))
@@ -155,6 +161,16 @@ def _of(rows: Sequence[Mapping[str, Any]], arm: str) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["arm"] == name and row["risk"] != COST]
 
 
+def _otherwise(then: object, now: Mapping[str, Any]) -> list[str]:
+    """Settings of today's figures that are not the manifest's, by which these mean another thing."""
+    if not isinstance(then, dict):
+        return []
+    today = {
+        key: now[key] | then[key] if isinstance(then.get(key), dict) else then.get(key, now[key]) for key in MEANING
+    }
+    return [key for key in MEANING if today[key] != now[key]]
+
+
 def _measured_as(training: Mapping[str, Any]) -> list[str]:
     """How much was measured when the patch was made, numbers alone: a manifest may come from anyone."""
     evaluate = training.get("evaluate")
@@ -168,9 +184,10 @@ def _measured_as(training: Mapping[str, Any]) -> list[str]:
 
 
 def _risk(manifest: Manifest) -> list[str]:
-    """The risk that a patch is measured by: all of its own where it was trained against them together."""
+    """The risk that a patch is measured by: all of its own where its figures are of them together."""
     trained = manifest.training.get("risk")
     joint = isinstance(trained, dict) and trained.get("name") == "joint"
+    joint = joint or not TOGETHER.isdisjoint(manifest.training)
     return risk_overrides(manifest.risks) if joint else [f"risk={known_risk(manifest.risks)}"]
 
 

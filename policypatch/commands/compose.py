@@ -91,6 +91,8 @@ def compose(
     ]
     names = [str(one.aim) for one in wanted]
     told = _caveats(wanted, filters, marked)
+    if budget < len(search.hand_made(len(parts))):
+        told.append(f"--budget {budget} is less than the {len(search.hand_made(len(parts)))} orders of the patches")
 
     def figures(candidate: Candidate | None, which: int) -> list[Measured]:
         vectors = None if candidate is None else candidate.vectors(parts)
@@ -130,7 +132,13 @@ def compose(
     }
     found |= {"order": [parts[i].manifest.name for i in chosen.order], "scales": list(chosen.scales)}
     found |= {"best_by_hand": by_hand.named(parts), "against_it": against}
-    found |= {"tried": [{"candidate": one.candidate.named(parts), "values": list(one.values)} for one in tried]}
+    found |= {
+        "tried": [
+            {"candidate": one.candidate.named(parts), "values": list(one.values), "unbeaten": one in front}
+            for one in tried
+        ],
+        "reported": {label: _intervals(measured, bench) for label, (_, measured) in table.items()},
+    }
     scaled = [Patch(s * parts[i].vectors, parts[i].manifest) for i, s in zip(chosen.order, chosen.scales, strict=True)]
     made = stack(scaled, name, version, alone=True)
     rows = _rows(wanted, table["base"][1], table[chosen.named(parts)][1], marked, bench)
@@ -180,17 +188,22 @@ def _caveats(
     return told
 
 
+def _intervals(measured: Sequence[Measured], bench: Bench) -> list[tuple[float, float, float]]:
+    """Each figure with the ends of its interval."""
+    how = bench.settings
+    return [(float(of.metric.compute()), *of.metric.interval(how.level, how.resamples, how.seed)) for of in measured]
+
+
 def _show(names: Sequence[str], table: dict[str, Any], bench: Bench, chosen: str, by_hand: str) -> None:
-    settings = bench.settings
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     shown.add_column("stack", overflow="fold")
     for name in names:
         shown.add_column(Text(name), overflow="fold")
     for label, (values, measured) in table.items():
-        cells = []
-        for value, of in zip(values, measured, strict=True):
-            low, high = of.metric.interval(settings.level, settings.resamples, settings.seed)
-            cells.append(Text(f"{value:.3g} / {float(of.metric.compute()):.3g} [{low:.2g}, {high:.2g}]"))
+        cells = [
+            Text(f"{value:.3g} / {now:.3g} [{low:.2g}, {high:.2g}]")
+            for value, (now, low, high) in zip(values, _intervals(measured, bench), strict=True)
+        ]
         shown.add_row(Text(label + " *" * (label == chosen) + " (by hand)" * (label == by_hand)), *cells)
     Console(width=max(80, Console().width)).print(shown)
     told = "by the prompts chosen by / by others [interval]; * is written; (by hand): the best at full strength"

@@ -106,6 +106,8 @@ def _carried(given: Patch, old: str, new: str, version: str) -> tuple[dict[str, 
 
     before, after = base_of(old), base_of(new)
     check_base(given.manifest, before.identity, (), given.manifest.name)
+    if not given.manifest.base.differences(after.identity):
+        raise PolicyPatchError(f"{new} is the base that {given.manifest.name} was made for: there is nothing to carry")
     over = carried(given.vectors, before, after)
     fit = f"the map explains {over.explained:.1%} of the new embeddings' variance"
     console.print(f"{over.shared} tokens in common; {fit}", markup=False)
@@ -161,7 +163,7 @@ def _measured_before(given: Patch, work: Path, risk: list[str], model: str, sett
 def _ready(risk: list[str], model: str, setting: list[str], vectors: int) -> tuple[DictConfig, Prepared]:
     from policypatch.prepare import prepare
 
-    cfg = composed([*risk, *base_overrides(model), "method=none", "logger=csv", *setting])
+    cfg = composed([*risk, *base_overrides(model), "method=none", "logger=csv", "evaluate.costs.prompts=[]", *setting])
     return cfg, prepare(cfg, vectors)
 
 

@@ -16,9 +16,9 @@ from policypatch.commands.base import (
     base_overrides,
     composed,
     evaluate_settings,
-    known_risk,
     marked_of_any,
     refuse_existing,
+    risk_overrides,
     stack_overrides,
 )
 
@@ -81,7 +81,7 @@ def squash(
     asked = {"steps": steps, "lr": lr, "batch_size": batch_size}
     cfg = composed(
         [
-            f"risk={known_risk(risks)}",
+            *risk_overrides(risks),
             *base_overrides(model),
             *stack_overrides(patches),
             *(f"sft.{name}={value}" for name, value in asked.items()),
@@ -91,7 +91,7 @@ def squash(
     )
     ready = prepare(cfg)
     stack, plan = whole.vectors, ready.plan
-    texts = _prompts(cfg, ready.parts, risks, prompts, seed)
+    texts = _prompts(ready.parts, risks, prompts, seed)
     answer = plan.response_sampling.max_new_tokens
     rows = examples(ready.base, stack, texts, plan.sampling, seed, plan.decode_rows, answer)
     about = {"stack": whole.manifest.sha256, "length": length, "stage": asked, "seed": seed, "prompts": prompts}
@@ -117,17 +117,16 @@ def squash(
     console.print(f"{out}: {len(stack)} vectors -> {length}; figures and checkpoints in {work}", markup=False)
 
 
-def _prompts(cfg: Any, parts: Sequence[Part], risks: Sequence[str], most: int, seed: int) -> list[Any]:
+def _prompts(parts: Sequence[Part], risks: Sequence[str], most: int, seed: int) -> list[Any]:
     """Of each of the stack's risks its training prompts and its benign ones, by the form that they have."""
-    from policypatch.prepare import made
     from policypatch.squash import drawn
 
     found, own = [], {part.risk.name: part.risk for part in parts}
     for name in risks:
-        if name not in own and name not in cfg.others:
+        if name not in own:
             console.print(f"! no prompts of {name} are known here: of its patch is kept what others' prompts show")
             continue
-        risk = own.get(name) or made(cfg.others[name], f"others.{name}")
+        risk = own[name]
         sets = (drawn(of, most, seed) for of in ([risk.training_prompts], risk.benign_sets))
         found += [(risk.form, texts) for texts in sets if texts]
     return found

@@ -27,8 +27,11 @@ def derived(patch: Patch, vectors: torch.Tensor, **fields: Any) -> Patch:
         "sha256": digest(vectors),
         "created": now(),
     }
-    own |= {"parents": [patch.manifest.as_parent], "created": now(), "packages": packages()}
+    own |= {"parents": [patch.manifest.as_parent], "packages": packages()}
     own |= {"data_sha256": None, "training": {}, "scorecard": []}
+    base = fields.get("base", patch.manifest.base)
+    if (own["sha256"], base.weights) == (patch.manifest.sha256, patch.manifest.base.weights):
+        own["parents"] = patch.manifest.parents  # the same vectors for the same weights: none is its own parent
     return Patch(vectors, replace(patch.manifest, **(own | fields)))
 
 

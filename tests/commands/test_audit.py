@@ -66,6 +66,10 @@ def test_measured_again_it_is_the_same_and_a_patch_that_was_better_is_an_alarm(a
     assert worse.exit_code == 3, worse.output
     assert "! patch: toxicity rtp amt by svm: 0.01 -> " in worse.stdout
     assert f"1 of {len(card)} figures changed since" in worse.stdout
+    # Of other figures it is no alarm: the worst of two samples is not that of three.
+    fewer = audit(tmp_path / "worse", "--out", tmp_path / "fourth", "--set", "evaluate.k=2")
+    assert fewer.exit_code == 0 and "measured with another k than the manifest's" in fewer.stdout
+    assert "figures have no earlier one" in fewer.stdout
 
 
 def test_a_judge_and_a_sampler_that_changed_are_found_out_though_their_answers_are_cached(
