@@ -1,7 +1,7 @@
 """What `interference.py` compares: one stack less another, prompt by prompt, over the runs of a sweep over seeds.
 
-Values are averaged over seeds, and tests and intervals are over prompts. Each function gives lines with `one`, `other`,
-`figure`, `difference` and `differs`, that of one less the other; Holm's correction is over all lines of a function.
+Values are averaged over seeds, and tests and intervals are over prompts. Each function but `closed` gives lines with
+`one`, `other`, `figure`, `difference` and `differs`, that of one less the other; Holm's correction is over all of them.
 """
 
 from __future__ import annotations

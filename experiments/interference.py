@@ -88,7 +88,7 @@ def main(
         both = (*_read(runs, shared), *_read(others, shared))
         lines, left_out = across(*both)
         shares = closed(*both)
-        contrasts |= {"across": lines, "closed": [line | {"share": line["share"].to_json()} for line in shares]}
+        contrasts |= {"across": lines, "closed": [line | line["share"].to_json() for line in shares]}
         told.append(contrasts_table(lines, f"here less {against.name}, seeds {', '.join(map(str, shared))}"))
         told += [closed_table(shares)] if shares else []
         if left_out:

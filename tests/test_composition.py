@@ -153,6 +153,7 @@ def test_the_command_writes_the_stack_that_served_best_and_how_it_was_found(comp
     parts = {name: load(tmp_path / name).vectors for name in ("tox", "bias")}
     scaled = [scale * parts[name] for name, scale in zip(search_told["order"], search_told["scales"], strict=True)]
     assert torch.equal(made.vectors, torch.cat(scaled))
+    assert search_told["caveats"] == []
     assert {(row["arm"], row["metric"], row["n"]) for row in made.manifest.scorecard} == {
         (arm, metric, 3) for arm in ("base", "stack") for metric in ("toxic_rate", "kl_benign")
     }
@@ -174,9 +175,15 @@ def test_a_judge_that_chose_the_pairs_is_marked_where_no_other_is_there(compose,
     assert {(row["judge"], row["filter"]) for row in manifest.scorecard} == {("names", True)}
     told = manifest.training["composition"]
     assert told["judges"] == ["names"] and len(told["caveats"]) == 2
-    assert "less than the" not in result.stdout  # of one patch there is one order
     assert "! gender_bias.gas is by names, which counts what training pairs are chosen by" in result.stdout
     assert "! both halves of gender_bias's prompts are about the same professions" in result.stdout
+
+
+def test_a_budget_below_what_hands_would_try_is_told(compose, tiny_base: Base, tmp_path: Path):
+    """Of two patches these are four: both orders and each alone."""
+    folders = [save(patch_of(tiny_base, name, start), tmp_path / name) for name, start in (("tox", 4), ("bias", 20))]
+    result = compose(*folders, "--out", tmp_path / "out", "--budget", 3, "--objective", "toxicity.toxic_rate")
+    assert result.exit_code == 0 and "! --budget 3 leaves out some of the 4 stacks" in result.stdout
 
 
 def test_what_cannot_be_composed_is_told_before_anything_is_loaded(compose, tiny_base: Base, tmp_path: Path):

@@ -115,7 +115,10 @@ def test_a_stack_is_compared_with_the_specialist_alone(sweep: Path, tmp_path: Pa
     assert test["p_value"] < 0.001 and test["mean"] == pytest.approx(0.7) and test["low"] < 0.7 < test["high"]
     assert f"| bias+toxicity | +0.7 [{test['low']:+.2g}, {test['high']:+.2g}]* |" in result.stdout
     assert "differs" not in by_stack["base"] and "differs" not in by_stack["toxicity"]
-    assert f"| bias+toxicity | 0.85* [{stack['low']:.2g}, {stack['high']:.2g}] | 0.5? [0.5, 0.5] |" in result.stdout
+    assert (
+        f"| bias+toxicity | 0.85* [{stack['low']:.2g}, {stack['high']:.2g}] (0.8 to 0.9) | 0.5? [0.5, 0.5] ("
+        in result.stdout
+    )
     assert (tmp_path / "out" / "matrix.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -128,7 +131,7 @@ def test_a_figure_that_a_run_lacks_leaves_its_cell_empty():
     rows = interference.matrix(cards, [[], []])
     assert [set(row["cells"]) for row in rows] == [{"toxic rate (svm)"}] * 2
     assert rows[1]["cells"]["toxic rate (svm)"]["each"] == [0.2, 0.4]
-    assert "| toxicity | 0.3 [0.3, 0.3] |" in interference.table(rows)
+    assert "| toxicity | 0.3 [0.3, 0.3] (0.2 to 0.4) |" in interference.table(rows)
 
 
 def test_of_several_sets_the_first_speaks_in_every_run():

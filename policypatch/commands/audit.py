@@ -34,7 +34,7 @@ MEASURED = ("prompts", "other_prompts", "k", "responses", "seed", "ppl_samples",
 DRIFTED = 3  # exit status; 1 is a traceback's, 2 a user's mistake
 SAMPLED = ("sampling", "response_sampling")
 TOGETHER = {"squash", "rebase"}  # commands that measure all risks of a patch as its own
-MEANING = ("k", "responses", *SAMPLED)  # of these a figure means another thing with another value
+MEANING = ("k", "responses", "level", *SAMPLED)  # of these a figure means another thing with another value
 
 
 def register(add: Register) -> None:
@@ -165,10 +165,13 @@ def _otherwise(then: object, now: Mapping[str, Any]) -> list[str]:
     """Settings of today's figures that are not the manifest's, by which these mean another thing."""
     if not isinstance(then, dict):
         return []
-    today = {
-        key: now[key] | then[key] if isinstance(then.get(key), dict) else then.get(key, now[key]) for key in MEANING
-    }
-    return [key for key in MEANING if today[key] != now[key]]
+    known = [key for key in MEANING if key in then]
+    return [key for key in known if then[key] != now[key] and not _within(then[key], now[key])]
+
+
+def _within(then: object, now: Any) -> bool:
+    """Whether all that an older manifest says of a setting with keys of its own is so today."""
+    return isinstance(then, dict) and all(now.get(key) == value for key, value in then.items())
 
 
 def _measured_as(training: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -91,8 +92,9 @@ def compose(
     ]
     names = [str(one.aim) for one in wanted]
     told = _caveats(wanted, filters, marked)
-    if budget < len(search.hand_made(len(parts))):
-        told.append(f"--budget {budget} is less than the {len(search.hand_made(len(parts)))} orders of the patches")
+    hand_made = search.hand_made(len(parts))
+    if budget < len(hand_made):
+        told.append(f"--budget {budget} leaves out some of the {len(hand_made)} stacks that one would try by hand")
 
     def figures(candidate: Candidate | None, which: int) -> list[Measured]:
         vectors = None if candidate is None else candidate.vectors(parts)
@@ -107,7 +109,7 @@ def compose(
     tried = search.search(len(parts), values, len(wanted), budget, seed, scales)
     chosen = search.best(tried, base).candidate
     front = sorted(search.pareto(tried), key=lambda one: one.values)
-    by_hand = search.best([one for one in tried if one.candidate in search.hand_made(len(parts))], base).candidate
+    by_hand = search.best([one for one in tried if one.candidate in hand_made], base).candidate
     first = [one for one in tried if one.candidate in (chosen, by_hand)]
     shown = first + [one for one in front if one not in first]
     table = {"base": (base, figures(None, 1))}
@@ -134,10 +136,12 @@ def compose(
     found |= {"best_by_hand": by_hand.named(parts), "against_it": against}
     found |= {
         "tried": [
-            {"candidate": one.candidate.named(parts), "values": list(one.values), "unbeaten": one in front}
+            {"candidate": one.candidate.named(parts), "values": _finite(one.values), "unbeaten": one in front}
             for one in tried
         ],
-        "reported": {label: _intervals(measured, bench) for label, (_, measured) in table.items()},
+        "reported": {
+            label: [_finite(of) for of in _intervals(measured, bench)] for label, (_, measured) in table.items()
+        },
     }
     scaled = [Patch(s * parts[i].vectors, parts[i].manifest) for i, s in zip(chosen.order, chosen.scales, strict=True)]
     made = stack(scaled, name, version, alone=True)
@@ -186,6 +190,11 @@ def _caveats(
     if any(one.aim.risk == "gender_bias" for one in wanted):
         told.append("both halves of gender_bias's prompts are about the same professions, in other sentences")
     return told
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """For a manifest: None where there is no figure, which JSON has no number for."""
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def _intervals(measured: Sequence[Measured], bench: Bench) -> list[tuple[float, float, float]]:

@@ -163,7 +163,9 @@ def _measured_before(given: Patch, work: Path, risk: list[str], model: str, sett
 def _ready(risk: list[str], model: str, setting: list[str], vectors: int) -> tuple[DictConfig, Prepared]:
     from policypatch.prepare import prepare
 
-    cfg = composed([*risk, *base_overrides(model), "method=none", "logger=csv", "evaluate.costs.prompts=[]", *setting])
+    plain = ("method=none", "logger=csv", "evaluate.costs.prompts=[]")
+    # Companions that the fine-tune is asked to have are no matter of measuring.
+    cfg = composed([*risk, *base_overrides(model), *plain, *setting, "patch.companions=[]"])
     return cfg, prepare(cfg, vectors)
 
 

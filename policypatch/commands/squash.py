@@ -91,14 +91,14 @@ def squash(
     )
     ready = prepare(cfg)
     stack, plan = whole.vectors, ready.plan
-    texts = _prompts(ready.parts, risks, prompts, seed)
+    texts = _prompts(cfg, ready.parts, risks, prompts, seed)
     answer = plan.response_sampling.max_new_tokens
     rows = examples(ready.base, stack, texts, plan.sampling, seed, plan.decode_rows, answer)
     about = {"stack": whole.manifest.sha256, "length": length, "stage": asked, "seed": seed, "prompts": prompts}
     about |= {"set": list(setting or []), "answer_tokens": answer}
-    work = Path(
-        "outputs", "squash", f"{whole.manifest.name}-{content_key(base=asdict(ready.base.identity), **about)[:12]}"
-    )
+    # Another base or other prompts are another training, which nothing that was begun before goes on in.
+    key_of_all = content_key(base=asdict(ready.base.identity), learned=[list(of) for _, of in texts], **about)
+    work = Path("outputs", "squash", f"{whole.manifest.name}-{key_of_all[:12]}")
     vectors = squashed(ready.base, stack, length, rows, cfg.sft, cfg.trainer, work, seed, cfg.row_tokens)
     arms = [Arm("base"), Arm("stack", vectors=stack), Arm(ARM, vectors=vectors)]
     probes, marked = [*ready.own, *ready.others], marked_of_any(cfg, ready)
@@ -117,16 +117,17 @@ def squash(
     console.print(f"{out}: {len(stack)} vectors -> {length}; figures and checkpoints in {work}", markup=False)
 
 
-def _prompts(parts: Sequence[Part], risks: Sequence[str], most: int, seed: int) -> list[Any]:
+def _prompts(cfg: Any, parts: Sequence[Part], risks: Sequence[str], most: int, seed: int) -> list[Any]:
     """Of each of the stack's risks its training prompts and its benign ones, by the form that they have."""
+    from policypatch.prepare import made
     from policypatch.squash import drawn
 
     found, own = [], {part.risk.name: part.risk for part in parts}
     for name in risks:
-        if name not in own:
+        if name not in own and name not in cfg.others:
             console.print(f"! no prompts of {name} are known here: of its patch is kept what others' prompts show")
             continue
-        risk = own[name]
+        risk = own.get(name) or made(cfg.others[name], f"others.{name}")
         sets = (drawn(of, most, seed) for of in ([risk.training_prompts], risk.benign_sets))
         found += [(risk.form, texts) for texts in sets if texts]
     return found

@@ -17,7 +17,7 @@ def derived(patch: Patch, vectors: torch.Tensor, **fields: Any) -> Patch:
     """Another patch that comes from this one: what it was trained on and measured to do is not said of it.
 
     Args:
-        patch: its parent.
+        patch: its parent, but where vectors and weights are the same: then they have the same parents.
         vectors: (L, D).
         fields: of the manifest, what is not the parent's: name, version, base, training, scorecard.
     """

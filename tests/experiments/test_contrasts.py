@@ -133,8 +133,8 @@ def test_another_sweep_is_compared_arm_by_arm_and_with_its_specialist(tmp_path: 
     # 30 of 40 in company against 4 alone is a gap of 0.65; 5 of 40 leave 0.025 of it.
     (share,) = json.loads((tmp_path / "out" / "matrix.json").read_text())["closed"]
     assert (share["figure"], share["stacks"]) == ("toxic rate (svm)", 1)
-    assert (share["share"]["reduction"], share["share"]["share"]) == pytest.approx((0.65, 0.625 / 0.65))
-    assert 0.85 < share["share"]["low"] < share["share"]["share"] <= share["share"]["high"] <= 1
+    assert (share["reduction"], share["share"]) == pytest.approx((0.65, 0.625 / 0.65))
+    assert 0.85 < share["low"] < share["share"] <= share["high"] <= 1
     assert "| toxic rate (svm) | 1 | +0.65 | 96% [" in result.stdout
 
     other = sweep(tmp_path / "other", {arm: first(n - 1) for arm, n in counts.items()}, TOX)
