@@ -14,7 +14,7 @@ bfloat16 as well where the machine multiplies it.
 from __future__ import annotations
 
 import argparse
-import gc
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import decoding, training
 from benchmarks.about import about, now
-from benchmarks.bases import default_base, shaped_base
+from benchmarks.bases import default_base, release, shaped_base
 from benchmarks.figure import draw_growth
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.tables import amounts, quoted, show
@@ -77,12 +77,6 @@ def compared(shape: Shape | None) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-def release() -> None:
-    """Let go of bases that are no longer used, which trainers refer to in circles."""
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def main() -> None:
     """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,6 +118,8 @@ def main() -> None:
         title = f"{arguments.base or 'the default base'}, {dtype}"
         show(amounts(found), f"{title}: {Workload()}")
         show(quoted(found), f"{title}: ratios")
+    if "training" in parts and (misses := training.missed(results["agreement"])):
+        sys.exit("\n".join(misses))
 
 
 if __name__ == "__main__":

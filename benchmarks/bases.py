@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,3 +62,9 @@ def shaped_base(shape: Shape, dtype: str, layers: int | None = None) -> Base:
     )
     check_tree(model)
     return Base(model, tokenizer, identify(model, tokenizer, f"{shape.name}-random", "random"))
+
+
+def release() -> None:
+    """Let go of bases that are no longer used, which trainers refer to in circles."""
+    gc.collect()
+    torch.cuda.empty_cache()
