@@ -98,12 +98,12 @@ def seeds_values(values: Sequence[Run], arm: str, column: Column, split: str | N
     return np.array([of[0] for of in found], dtype=float) if found and all(found) else None
 
 
-def same_prompts(values: Sequence[Run], other_values: Sequence[Run], column: Column, split: str | None) -> bool:
-    """Whether the base has the same values of a figure in both sweeps, as on the same prompts and samples."""
+def same_prompts(values: Sequence[Run], other_values: Sequence[Run], column: Column, split: str | None) -> bool | None:
+    """Whether the base has the same values of a figure in both sweeps, as on the same prompts; None where none."""
     ours, theirs = (seeds_values(of, BASE, column, split) for of in (values, other_values))
-    if ours is None or theirs is None or ours.shape != theirs.shape:
-        return False
-    return np.allclose(ours, theirs, atol=1e-6, equal_nan=True)
+    if ours is None or theirs is None:
+        return None
+    return ours.shape == theirs.shape and np.allclose(ours, theirs, atol=1e-6, equal_nan=True)
 
 
 def tested(ours: Values | None, theirs: Values | None, permutations: int = PERMUTATIONS) -> Difference | None:
@@ -219,10 +219,8 @@ def across(
     found, left_out = [], []
     for column in COLUMNS:
         split = split_of(cards, column)
-        if seeds_values(values, BASE, column, split) is None or seeds_values(other_values, BASE, column, split) is None:
-            continue
-        if not same_prompts(values, other_values, column, split):
-            left_out.append(column.title)
+        if not (same := same_prompts(values, other_values, column, split)):
+            left_out += [column.title] if same is False else []
             continue
         for one, other in _across_pairs(ours, theirs, SPECIALISTS.get(column.metric)):
             test = tested(seeds_values(values, one, column, split), seeds_values(other_values, other, column, split))
@@ -259,13 +257,15 @@ def closed(
             continue
         ours, theirs = (np.mean([of for of in arms if of is not None], axis=(0, 1)) for arms in each)
         place = {"risk": column.risk, "split": split, "metric": column.metric, "judge": column.judge}
-
-        def behind(end: Values, place: Mapping[str, Any] = place, start: Values = theirs) -> list[dict[str, Any]]:
-            return [{"arm": BASE, **place, "values": start}, {"arm": "end", **place, "values": end}]
-
-        shares = kept(behind(ours), "end", behind(alone.mean(0)), "end", RISKS, Settings())
+        now, then = _from_to(place, theirs, ours), _from_to(place, theirs, alone.mean(0))
+        shares = kept(now, "end", then, "end", RISKS, Settings())
         found += [{"figure": column.title, "stacks": len(stacks), "share": share} for share in shares]
     return found
+
+
+def _from_to(place: Mapping[str, Any], start: Values, end: Values) -> list[dict[str, Any]]:
+    """Values prompt by prompt as `kept` takes them: what a reduction begins with, and what it comes to."""
+    return [{"arm": arm, **place, "values": values} for arm, values in ((BASE, start), ("end", end))]
 
 
 def _across_pairs(ours: Sequence[str], theirs: Sequence[str], specialist: str | None) -> Iterator[tuple[str, str]]:

@@ -114,7 +114,9 @@ def compose(
     shown = first + [one for one in front if one not in first]
     table = {"base": (base, figures(None, 1))}
     table |= {one.candidate.named(parts): (one.values, figures(one.candidate, 1)) for one in shown[:SHOWN]}
-    _show(names, table, bench, chosen.named(parts), by_hand.named(parts))
+    intervals = {label: _intervals(measured, bench) for label, (_, measured) in table.items()}
+    chosen_by = {label: values for label, (values, _) in table.items()}
+    _show(names, chosen_by, intervals, chosen.named(parts), by_hand.named(parts))
     if len(shown) > SHOWN:
         console.print(f"{len(shown) - SHOWN} more that no other beats are in the manifest", markup=False)
     for line in told:
@@ -139,9 +141,7 @@ def compose(
             {"candidate": one.candidate.named(parts), "values": _finite(one.values), "unbeaten": one in front}
             for one in tried
         ],
-        "reported": {
-            label: [_finite(of) for of in _intervals(measured, bench)] for label, (_, measured) in table.items()
-        },
+        "reported": {label: [_finite(one) for one in of] for label, of in intervals.items()},
     }
     scaled = [Patch(s * parts[i].vectors, parts[i].manifest) for i, s in zip(chosen.order, chosen.scales, strict=True)]
     made = stack(scaled, name, version, alone=True)
@@ -203,15 +203,21 @@ def _intervals(measured: Sequence[Measured], bench: Bench) -> list[tuple[float, 
     return [(float(of.metric.compute()), *of.metric.interval(how.level, how.resamples, how.seed)) for of in measured]
 
 
-def _show(names: Sequence[str], table: dict[str, Any], bench: Bench, chosen: str, by_hand: str) -> None:
+def _show(
+    names: Sequence[str],
+    chosen_by: Mapping[str, Sequence[float]],
+    intervals: Mapping[str, Sequence[tuple[float, float, float]]],
+    chosen: str,
+    by_hand: str,
+) -> None:
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     shown.add_column("stack", overflow="fold")
     for name in names:
         shown.add_column(Text(name), overflow="fold")
-    for label, (values, measured) in table.items():
+    for label, values in chosen_by.items():
         cells = [
             Text(f"{value:.3g} / {now:.3g} [{low:.2g}, {high:.2g}]")
-            for value, (now, low, high) in zip(values, _intervals(measured, bench), strict=True)
+            for value, (now, low, high) in zip(values, intervals[label], strict=True)
         ]
         shown.add_row(Text(label + " *" * (label == chosen) + " (by hand)" * (label == by_hand)), *cells)
     Console(width=max(80, Console().width)).print(shown)
