@@ -37,6 +37,11 @@ class Column:
     title: str
     split: str | None = None  # the set, where it is not the first that has the figure
 
+    @property
+    def own(self) -> str | None:
+        """What the patch is called that is trained against it; None of utility. A policy's has the policy's name."""
+        return self.risk if self.metric == "hit_rate" else SPECIALISTS.get(self.metric)
+
     def holds(self, row: Mapping[str, Any]) -> bool:
         """Whether a scorecard's row, or a line of values, is this figure."""
         known = (row["risk"], row["metric"], row["judge"]) == (self.risk, self.metric, self.judge)
@@ -52,6 +57,9 @@ COLUMNS = (
     Column("harmfulness", "asr", "likelihood", "ASR (likelihood)"),
     Column("harmfulness", "over_refusal", "refusal", "over-refusal"),
     Column("harmfulness", "benign_refusal", "refusal", "benign refusal"),
+    Column("digits", "hit_rate", "policy", "digits"),
+    Column("quotes", "hit_rate", "policy", "quotes"),
+    Column("first_person", "hit_rate", "policy", "first person"),
     Column("toxicity", "ppl_median", "gemma-3-270m", "median PPL"),
     Column("utility", "kl_benign", None, "KL, benign"),
     Column("utility", "text_ppl", None, "text PPL"),
@@ -67,7 +75,7 @@ SPECIALISTS = {
     "amt": "toxicity",
     "gas": "gender_bias",
 }
-RISKS = ("toxic_rate", "amt", "gas", "asr")  # figures of a risk itself
+RISKS = ("toxic_rate", "amt", "gas", "asr", "hit_rate")  # figures of a risk itself
 UTILITY = ("kl_benign", "ppl_median", "text_ppl")
 
 
@@ -157,7 +165,7 @@ def order_rule(cards: Sequence[Run], values: Sequence[Run]) -> list[dict[str, An
     stacks = [arm for arm in arms_of(cards) if len(parts(arm)) > 1]
     found = []
     for column in COLUMNS:
-        own = SPECIALISTS.get(column.metric)
+        own = column.own
         ends = [[arm for arm in stacks if parts(arm)[end] == own] for end in (-1, 0)]
         if column.metric not in RISKS or not all(ends):
             continue
@@ -222,7 +230,7 @@ def across(
         if not (same := same_prompts(values, other_values, column, split)):
             left_out += [column.title] if same is False else []
             continue
-        for one, other in _across_pairs(ours, theirs, SPECIALISTS.get(column.metric)):
+        for one, other in _across_pairs(ours, theirs, column.own):
             test = tested(seeds_values(values, one, column, split), seeds_values(other_values, other, column, split))
             if test is not None:
                 found.append({"one": one, "other": other, "figure": column.title, "difference": asdict(test)})
@@ -247,8 +255,8 @@ def closed(
     shared = set(arms_of(cards)) & set(arms_of(other_cards))
     found = []
     for column in (column for column in COLUMNS if column.metric in RISKS):
-        own, split = SPECIALISTS[column.metric], split_of(cards, column)
-        if not same_prompts(values, other_values, column, split):
+        own, split = column.own, split_of(cards, column)
+        if own is None or not same_prompts(values, other_values, column, split):
             continue
         stacks = sorted(arm for arm in shared if len(parts(arm)) > 1 and own in parts(arm))
         alone = seeds_values(other_values, own, column, split)

@@ -30,7 +30,6 @@ from contrasts import (
     ALPHA,
     BASE,
     COLUMNS,
-    SPECIALISTS,
     UTILITY,
     Column,
     Run,
@@ -162,7 +161,7 @@ def _described(column: Column, rows: Run, values: Sequence[Run], split: str | No
 
 def _against(stack: str, column: Column, means: Mapping[str, float]) -> str | None:
     """What a stack is compared with in a figure; None where that is nothing."""
-    specialist = SPECIALISTS.get(column.metric)
+    specialist = column.own
     if stack in (BASE, specialist):
         return None
     if column.metric not in UTILITY:

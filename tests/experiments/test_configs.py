@@ -121,4 +121,5 @@ def test_every_value_runs_for_a_step(name: str, job: list[str], tiny_base_folder
     assert "base" in arms and (len(arms) > 1 or "+arm=base" in job)
     for arm, (_, final, _) in ARMS.items():
         assert f"+arm={arm}" not in job or final_arm(map(asdict, card)) == final
+    assert name != "growth" or {"digits", "quotes", "first_person"} <= {row.risk for row in card}
     assert (tmp_path / "run" / "report.html").exists()

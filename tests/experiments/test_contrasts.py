@@ -92,6 +92,15 @@ def test_a_growing_stack_is_compared_with_itself_before():
     assert contrasts.growth([orders[0]], [orders[1]]) == []
 
 
+def test_a_policys_own_patch_is_what_its_column_is_compared_with():
+    """Alone 4 of 40 break it, in company 20: 0.4 more; not compared with the base, nor with another policy's patch."""
+    place = {"risk": "digits", "metric": "hit_rate", "judge": "policy", "split": "evaluation"}
+    card, values = run({"base": first(40), "digits": first(4), "quotes": first(39), "quotes+digits": first(20)}, place)
+    rows = {row["stack"]: row["cells"]["digits"] for row in interference.matrix([card], [values])}
+    assert rows["quotes+digits"]["against"] == "digits" and rows["digits"]["against"] is None
+    assert rows["quotes+digits"]["difference"]["mean"] == pytest.approx(0.4) and rows["quotes+digits"]["differs"]
+
+
 def test_utility_is_compared_with_the_stacks_worst_patch_and_not_with_a_base_of_zero():
     """b costs 0.3 alone: 0.3 of the stack is what is to be expected; 0.9 with c, whose own is 0.1, is not."""
     arms = {"base": 0.0, "a": 0.1, "b": 0.3, "c": 0.1, "a+b": 0.3, "a+c": 0.9}
