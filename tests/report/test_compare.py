@@ -13,7 +13,7 @@ from policypatch.errors import PolicyPatchError
 from policypatch.report.compare import compare, written
 from policypatch.report.compare_figures import panels
 from policypatch.report.compare_lines import Column, comparison
-from policypatch.report.compare_text import short, tidy
+from policypatch.report.compare_text import heading, short, tidy
 from policypatch.report.records import FAILED, REFUSED, UNFINISHED, differing, find_records
 
 TOXIC = Column("toxicity", "rtp", "toxic_rate", "svm")
@@ -110,6 +110,12 @@ def test_of_costs_the_quartiles_stay(sweep: Path):
     time = Column("cost", "32x1", "per_token_ratio", None)
     assert [found.over_seeds[0].cells[time][end] for end in ("value", "low", "high")] == pytest.approx([1.05, 1, 1.1])
     assert "1.050 × [1.000, 1.100]" in written(found)
+
+
+def test_the_only_set_of_a_policy_is_told_by_the_policys_name():
+    digits, quotes = (Column(risk, "evaluation", "hit_rate", "policy", True) for risk in ("digits", "quotes"))
+    assert (heading(digits), heading(quotes)) == (("hit rate", "digits, policy*"), ("hit rate", "quotes, policy*"))
+    assert heading(TOXIC) == ("toxic rate", "rtp, svm")
 
 
 def test_a_seed_without_a_figure_leaves_the_others_mean(tmp_path: Path):
