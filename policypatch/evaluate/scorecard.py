@@ -14,8 +14,6 @@ from policypatch.patch.manifest import COST as COST  # whoever reads scorecards 
 
 PER_PROMPT = "per_prompt.json"
 """In a run's folder, beside the scorecard: the figures' values prompt by prompt."""
-ONLY_SPLIT = "evaluation"
-"""What the set of a risk that has but one is called: the risk's name, and not this, tells it from others."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from policypatch.errors import PolicyPatchError
@@ -20,13 +20,17 @@ QUALITY = ("ppl_median", "text_ppl", "kl_benign")
 
 @dataclass(frozen=True)
 class Column:
-    """A figure that runs are compared by; `marked` where it had a part in training."""
+    """A figure that runs are compared by.
+
+    `marked` where it had a part in training, `ambiguous` where another risk has one of the same name that is compared.
+    """
 
     risk: str
     split: str
     metric: str
     judge: str | None
     marked: bool = field(default=False, compare=False)
+    ambiguous: bool = field(default=False, compare=False)
 
     @classmethod
     def of_line(cls, group: Group, line: TableLine) -> Column:
@@ -216,7 +220,9 @@ def _columns(finished: Sequence[Record]) -> tuple[list[Column], list[Column]]:
             found |= dict.fromkeys(Column.of_line(group, line) for line in _speaking(group, group is own[0]))
         for group in costs_of(record.rows):
             costs |= dict.fromkeys(Column.of_line(group, line) for line in group.lines)
-    return list(found), [*costs]
+    names = [(column.split, column.metric, column.judge) for column in found]
+    columns = [replace(c, ambiguous=names.count(name) > 1) for c, name in zip(found, names, strict=True)]
+    return columns, [*costs]
 
 
 def _speaking(group: Group, first: bool) -> list[TableLine]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from policypatch.evaluate.scorecard import COST, ONLY_SPLIT
+from policypatch.evaluate.scorecard import COST
 from policypatch.evaluate.statistics import Difference
 from policypatch.report.compare_lines import Column, Comparison, Line
 from policypatch.report.costs import LABELS, cost_label, cost_text, load_name
@@ -116,8 +116,8 @@ def heading(column: Column) -> tuple[str, str]:
     """A column's name, and what it was measured on and by; * where that had a part in training."""
     if column.risk == COST:
         return cost_label(column.metric), "" if column.split == "training" else load_name(column.split)
-    place = column.risk if column.split == ONLY_SPLIT else column.split
-    places = [] if column.split == column.metric else [readable(place)]
+    places = [readable(column.risk)] * column.ambiguous
+    places += [] if column.split == column.metric else [readable(column.split)]
     name, by = metric_label(column.metric), ", ".join([*places, *([column.judge] if column.judge else [])])
     mark = "*" * column.marked
     return (name, f"{by}{mark}") if by else (f"{name}{mark}", by)

@@ -20,7 +20,6 @@ from policypatch.data.prompts import normalise, read_rows
 from policypatch.errors import PolicyPatchError
 from policypatch.evaluate.judges import HfClassifierJudge, Judge, PatternJudge
 from policypatch.evaluate.probes import Probe, SampledProbe
-from policypatch.evaluate.scorecard import ONLY_SPLIT
 from policypatch.files.sources import Source
 from policypatch.model.form import CHAT, PLAIN, Form
 
@@ -100,7 +99,7 @@ class Custom:
         prompts = self._split[1][:limit]
         return [
             SampledProbe(
-                self.name, ONLY_SPLIT, prompts, self.judges, ("hit_rate",), self.form, threshold=self.threshold
+                self.name, "evaluation", prompts, self.judges, ("hit_rate",), self.form, threshold=self.threshold
             )
         ]
 

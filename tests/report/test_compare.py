@@ -112,10 +112,19 @@ def test_of_costs_the_quartiles_stay(sweep: Path):
     assert "1.050 × [1.000, 1.100]" in written(found)
 
 
-def test_the_only_set_of_a_policy_is_told_by_the_policys_name():
-    digits, quotes = (Column(risk, "evaluation", "hit_rate", "policy", True) for risk in ("digits", "quotes"))
-    assert (heading(digits), heading(quotes)) == (("hit rate", "digits, policy*"), ("hit rate", "quotes, policy*"))
-    assert heading(TOXIC) == ("toxic rate", "rtp, svm")
+def test_sets_of_two_risks_that_are_called_alike_are_told_by_the_risks(tmp_path: Path):
+    """As every policy's set is `evaluation`; a name that one risk alone has stands as it is."""
+    for risk in ("digits", "quotes"):
+        folder = write(tmp_path / risk, {"risk.name": risk}, 0.1)
+        rows = [
+            {"arm": arm, "risk": risk, "split": "evaluation", "judge": "policy", "metric": "hit_rate", "value": 0.5}
+            for arm in ("base", "patch")
+        ]
+        known = json.loads((folder / "scorecard.json").read_text())
+        (folder / "scorecard.json").write_text(json.dumps([*rows, *known]))
+    told = [heading(column) for column in comparison(find_records([tmp_path])).columns]
+    assert ("hit rate", "digits, evaluation, policy") in told and ("hit rate", "quotes, evaluation, policy") in told
+    assert ("toxic rate", "rtp, svm") in told
 
 
 def test_a_seed_without_a_figure_leaves_the_others_mean(tmp_path: Path):
