@@ -39,8 +39,8 @@ class Column:
 
     @property
     def own(self) -> str | None:
-        """What the patch is called that is trained against it; None of utility. A policy's has the policy's name."""
-        return self.risk if self.metric == "hit_rate" else SPECIALISTS.get(self.metric)
+        """What the patch is called whose effect or price it is: the risk. None of utility and costs: all have them."""
+        return None if self.metric in UTILITY or self.risk == COST else self.risk
 
     def holds(self, row: Mapping[str, Any]) -> bool:
         """Whether a scorecard's row, or a line of values, is this figure."""
@@ -66,15 +66,6 @@ COLUMNS = (
     Column(COST, "first_token_ratio", None, "first token, x base"),
     Column(COST, "per_token_ratio", None, "further token, x base"),
 )
-# What a specialist costs, or brings, by itself: of which company takes or adds something.
-SPECIALISTS = {
-    "asr": "harmfulness",
-    "over_refusal": "harmfulness",
-    "benign_refusal": "harmfulness",
-    "toxic_rate": "toxicity",
-    "amt": "toxicity",
-    "gas": "gender_bias",
-}
 RISKS = ("toxic_rate", "amt", "gas", "asr", "hit_rate")  # figures of a risk itself
 UTILITY = ("kl_benign", "ppl_median", "text_ppl")
 
